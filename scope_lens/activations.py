@@ -20,9 +20,7 @@ def relu(pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
     return torch.relu(pre)
 
 
-def jumprelu(
-    pre: Float[Tensor, "*batch d_sae"], threshold: Float[Tensor, " d_sae"]
-) -> Float[Tensor, "*batch d_sae"]:
+def jumprelu(pre: Float[Tensor, "*batch d_sae"], threshold: Float[Tensor, " d_sae"]) -> Float[Tensor, "*batch d_sae"]:
     """`f = pre * (pre > threshold)`: strict, so a pre-activation equal to its threshold is silent.
 
     The gradient passes through `pre` where the latent fires; the threshold gets none (training uses the

@@ -86,9 +86,7 @@ class SAEConfig:
         if not self.hook_in or not self.hook_out:
             raise ValueError(f"SAEConfig needs both hook names; found {self.hook_in=} and {self.hook_out=}.")
         if self.activation not in get_args(Activation):
-            raise ValueError(
-                f"SAEConfig.activation is {self.activation!r}; expected one of {get_args(Activation)}."
-            )
+            raise ValueError(f"SAEConfig.activation is {self.activation!r}; expected one of {get_args(Activation)}.")
         needs_k = self.activation in ("topk", "batchtopk")
         if needs_k and (self.k is None or not 1 <= self.k <= self.d_sae):
             raise ValueError(f"{self.activation} keeps k latents, 1 <= k <= d_sae={self.d_sae}; found k={self.k}.")
@@ -329,9 +327,7 @@ class HookedSAE(HookedRootModule):
             _part(config).unlink(missing_ok=True)
 
     @classmethod
-    def load(
-        cls, folder: Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
-    ) -> "HookedSAE":
+    def load(cls, folder: Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> "HookedSAE":
         """Read what `save` wrote.
 
         Args:
@@ -438,9 +434,7 @@ def _gather_rows(acts: Float[Tensor, "*batch d_sae"], weight: Float[Tensor, "d_s
     rows, latents = flat.nonzero(as_tuple=True)
     ends = torch.bincount(rows, minlength=flat.shape[0]).cumsum(0)
     starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-    out = nn.functional.embedding_bag(
-        latents, weight, starts, mode="sum", per_sample_weights=flat[rows, latents]
-    )
+    out = nn.functional.embedding_bag(latents, weight, starts, mode="sum", per_sample_weights=flat[rows, latents])
     return out.reshape(*acts.shape[:-1], weight.shape[1])
 
 
