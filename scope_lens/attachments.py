@@ -1,12 +1,12 @@
 """Which dictionaries are attached to a bridge, and the hooks that splice them in.
 
-The hooks live on the bridge's own HookPoints, so a direct call of the bridge is spliced as well, and every ScopeModel over
-one bridge shares one `Attachments`.
+The hooks live on the bridge's own HookPoints, so a direct call of the bridge is spliced as well, and every ScopeModel
+over one bridge shares one `Attachments`.
 
 1. `attach` resolves the two sites, checks everything that can be checked without a forward pass, and adds a hook at
    `hook_out`; a transcoder's `hook_in` gets a hook that reads, shared by all who read there.
-2. At the start of a forward pass the attention mask and the length of the KV cache are noted, and token ids as they reach
-   `embed.hook_in`. From these follow the positions a dictionary was never trained on.
+2. At the start of a forward pass the attention mask and the length of the KV cache are noted, and token ids as they
+   reach `embed.hook_in`. From these follow the positions a dictionary was never trained on.
 3. The hook at `hook_out` splices. At the end of the pass, a failed one included, everything noted is dropped.
 
 Every hook carries a level of its own, which is TransformerLens' public way to remove exactly one's own hooks. They are
@@ -26,7 +26,7 @@ from transformer_lens import TransformerBridge
 from transformer_lens.hook_points import HookPoint, LensHandle
 
 from scope_lens.sae import HookedSAE
-from scope_lens.sites import Sites, check_fits, refuse_half_precision
+from scope_lens.sites import Sites, check_fits
 from scope_lens.special_tokens import SpecialTokens, special_token_ids, untrained_positions
 from scope_lens.splice import splice
 
@@ -57,9 +57,11 @@ class OwnHook:
     handle: LensHandle | None = None
 
     def add(self) -> None:
+        """Register the hook behind those that are there."""
         self.handle = self.point.add_hook(self.fn, is_permanent=True, level=self.level)
 
     def remove(self) -> None:
+        """Take exactly this hook out."""
         self.point.remove_hooks("fwd", including_permanent=True, level=self.level)
         self.handle = None
 
@@ -120,7 +122,8 @@ class Attachments:
             other = self._by_point[writes].sae.cfg
             raise ValueError(
                 f"{sae.cfg.hook_out!r} is written by a dictionary already ({other.release or 'unnamed'} {other.path}, "
-                f"attached as {other.hook_out!r}); two cannot write one site. Call reset_saes({other.hook_out!r}) first."
+                f"attached as {other.hook_out!r}); two cannot write one site. Call "
+                f"reset_saes({other.hook_out!r}) first."
             )
         check_fits(bridge, sae, self.sites, self.folded_layers)
         if self._special is None or not self._by_point:
@@ -210,8 +213,9 @@ class Attachments:
         x = self._forward.read.get(attachment.reads)
         if x is None:
             raise ValueError(
-                f"The dictionary that writes {cfg.hook_out!r} reads {cfg.hook_in!r}, which has not fired in this forward "
-                "pass. Its input must come before its output; check the hook names, or whether hooks were removed."
+                f"The dictionary that writes {cfg.hook_out!r} reads {cfg.hook_in!r}, which has not fired in this "
+                "forward pass. Its input must come before its output; check the hook names, or whether hooks were "
+                "removed."
             )
         return _flat(x, cfg.d_in, cfg.hook_in)
 
@@ -224,9 +228,9 @@ class Attachments:
             assert self._special is not None
             if forward.tokens is None:
                 raise ValueError(
-                    f"The dictionary at {attachment.sae.cfg.hook_out!r} leaves the positions {kinds} alone, but this forward "
-                    "pass shows no token ids (it started from embeddings or at a layer). Pass token ids, or attach with "
-                    "positions='all'."
+                    f"The dictionary at {attachment.sae.cfg.hook_out!r} leaves the positions {kinds} alone, but this "
+                    "forward pass shows no token ids (it started from embeddings or at a layer). Pass token ids, or "
+                    "attach with positions='all'."
                 )
             marked = untrained_positions(
                 forward.tokens, self._special, kinds, attention_mask=forward.attention_mask, offset=forward.offset
@@ -305,5 +309,6 @@ def _flat(tensor: Tensor, width: int, name: str) -> Tensor:
     if tensor.ndim >= 4 and tensor.shape[-2] * tensor.shape[-1] == width:
         return tensor.flatten(-2)
     raise ValueError(
-        f"The activation at {name!r} has shape {tuple(tensor.shape)}; the dictionary attached there expects width {width}."
+        f"The activation at {name!r} has shape {tuple(tensor.shape)}; the dictionary attached there expects "
+        f"width {width}."
     )

@@ -20,8 +20,8 @@ def boot_from_pretrained(
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(
-                f"{folder} holds no config.json; a model folder has the Hugging Face layout (config.json, *.safetensors, "
-                "tokenizer files)."
+                f"{folder} holds no config.json; a model folder has the Hugging Face layout (config.json, "
+                "*.safetensors, tokenizer files)."
             )
         name = str(folder)
     elif isinstance(name_or_path, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -36,8 +36,9 @@ def boot_from_pretrained(
         bridge = TransformerBridge.boot_transformers(name, device=device, dtype=dtype, revision=revision)
     except OSError as error:
         raise FileNotFoundError(
-            f"The model {name!r} could not be loaded: {str(error).splitlines()[0]} Check the name, the network (or download "
-            "it beforehand and give its folder), and for Gemma that its licence is accepted and you are logged in."
+            f"The model {name!r} could not be loaded: {str(error).splitlines()[0]} Check the name, the network (or "
+            "download it beforehand and give its folder), and for Gemma that its licence is accepted and you are "
+            "logged in."
         ) from error
     refuse_half_precision(bridge)
     return bridge

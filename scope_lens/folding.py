@@ -1,9 +1,9 @@
 """Folding the pre-MLP norm's gain into the MLP's input weights, and nothing else.
 
-RMSNorm gives `x / rms(x) * gain`; the MLP multiplies that by W_in and W_gate. Moving the gain into their columns leaves the
-function as it was (Gemma Scope, Appendix B, where the transcoders' input has no gain). TransformerLens'
-`enable_compatibility_mode` folds every norm at once, in place, at about 11 bytes a parameter; this folds one kind, with no
-extra memory.
+RMSNorm gives `x / rms(x) * gain`; the MLP multiplies that by W_in and W_gate. Moving the gain into their columns leaves
+the function as it was (Gemma Scope, Appendix B, where the transcoders' input has no gain). TransformerLens'
+`enable_compatibility_mode` folds every norm at once, in place, at about 11 bytes a parameter; this folds one kind, with
+no extra memory.
 """
 
 from collections.abc import Sequence
@@ -45,10 +45,10 @@ def fold_mlp_norm(bridge: TransformerBridge, layers: Sequence[int] | None) -> No
     for layer in wanted:
         norm, linears = _norm_and_linears(bridge, layer)
         offset = 1.0 if bridge.cfg.rmsnorm_uses_offset else 0.0
-        gain = norm.weight.float() + offset
+        gain = norm.get_parameter("weight").float() + offset
         for linear in linears:
             linear.weight.copy_(linear.weight.float() * gain)
-        norm.weight.fill_(1.0 - offset)
+        norm.get_parameter("weight").fill_(1.0 - offset)
         attachments.folded_layers.add(layer)
 
 

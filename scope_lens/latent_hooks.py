@@ -1,19 +1,19 @@
 """The hook points of attached dictionaries, under the names users give them.
 
-A dictionary attached at `blocks.3.hook_mlp_out` has its hook points under `blocks.3.hook_mlp_out.hook_sae_acts_post` and
-the like, and under every other name of that site. The bridge does not know them; this module splits what a user asks for
-into the bridge's part and the dictionaries' part, and joins the results.
+A dictionary attached at `blocks.3.hook_mlp_out` has its hook points under `blocks.3.hook_mlp_out.hook_sae_acts_post`
+and the like, and under every other name of that site. The bridge does not know them; this module splits what a user
+asks for into the bridge's part and the dictionaries' part, and joins the results.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 from transformer_lens import ActivationCache, TransformerBridge
 from transformer_lens.hook_points import HookPoint
-from transformer_lens.utilities import Slice
+from transformer_lens.utilities.slice import Slice
 
 from scope_lens.attachments import Attachments
 
@@ -78,7 +78,7 @@ class LatentHooks:
         squeeze: bool = False,
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
-    ) -> Iterator[None]:
+    ) -> Generator[None]:
         """Add hooks at dictionaries for a block of code; only these are removed at its end."""
         handles: list[tuple[LatentHook, Any]] = []
         try:

@@ -11,11 +11,11 @@ bridge and delegates to it (docs/decisions/0001). What it adds:
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from transformer_lens import ActivationCache, TransformerBridge
@@ -76,9 +76,9 @@ class Attached(Mapping[str, HookedSAE]):
 class ScopeModel:
     """A language model with sparse dictionaries spliced in.
 
-    Everything not defined here is the bridge's: `model.generate`, `model.to_tokens`, `model.cfg` ... act on the model with
-    its attached dictionaries. The hooks live on the bridge, so `model.model(tokens)` is spliced as well, and a second
-    ScopeModel over the same bridge shares the attachments.
+    Everything not defined here is the bridge's: `model.generate`, `model.to_tokens`, `model.cfg` ... act on the model
+    with its attached dictionaries. The hooks live on the bridge, so `model.model(tokens)` is spliced as well, and a
+    second ScopeModel over the same bridge shares the attachments.
 
     Args:
         model: The bridge; it is neither subclassed nor edited.
@@ -91,8 +91,8 @@ class ScopeModel:
     def __init__(self, model: TransformerBridge) -> None:
         if not isinstance(model, TransformerBridge):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(
-                f"ScopeModel wraps a TransformerBridge; found {type(model).__name__}. Use ScopeModel.from_hf for a Hugging "
-                "Face model, ScopeModel.from_pretrained for a name or folder."
+                f"ScopeModel wraps a TransformerBridge; found {type(model).__name__}. Use ScopeModel.from_hf for a "
+                "Hugging Face model, ScopeModel.from_pretrained for a name or folder."
             )
         object.__setattr__(self, "_bridge", model)
         object.__setattr__(self, "_latent_hooks", LatentHooks(model, attachments_of(model)))
@@ -185,7 +185,7 @@ class ScopeModel:
             copied.add_sae(sae, use_error_term=attachment.use_error_term, positions=attachment.positions)
         return copied
 
-    def to(self, *args: Any, **kwargs: Any) -> Self:
+    def to(self, *args: Any, **kwargs: Any) -> "ScopeModel":
         """Move the model, and the attached dictionaries to its device; dictionaries keep their own dtype.
 
         Raises:
@@ -201,13 +201,13 @@ class ScopeModel:
                 sae.to(device)
         return self
 
-    def cuda(self, device: int | torch.device | None = None) -> Self:
+    def cuda(self, device: int | torch.device | None = None) -> "ScopeModel":
         """Move the model and the attached dictionaries to a CUDA device."""
         return self.to(
             "cuda" if device is None else torch.device("cuda", device) if isinstance(device, int) else device
         )
 
-    def cpu(self) -> Self:
+    def cpu(self) -> "ScopeModel":
         """Move the model and the attached dictionaries to the CPU."""
         return self.to("cpu")
 
@@ -223,17 +223,18 @@ class ScopeModel:
 
         Args:
             sae: The dictionary; its config names the site.
-            use_error_term: Add back what the dictionary misses, so that the model computes what it did and the latents can
-                be read and edited.
-            positions: "trained" passes the positions in `sae.cfg.untrained` through unchanged, "all" splices everywhere.
+            use_error_term: Add back what the dictionary misses, so that the model computes what it did and the latents
+                can be read and edited.
+            positions: "trained" passes the positions in `sae.cfg.untrained` through unchanged, "all" splices
+                everywhere.
 
         Returns:
             A handle whose `remove()` takes the dictionary out.
 
         Raises:
             KeyError: The model has no such hook.
-            ValueError: A hook that does not fire, a site another dictionary writes, a wrong width or device, a gain that was
-                folded away, Gemma in float16, or a chat prefix asked for without a chat template.
+            ValueError: A hook that does not fire, a site another dictionary writes, a wrong width or device, a gain
+                that was folded away, Gemma in float16, or a chat prefix asked for without a chat template.
         """
         attachments = attachments_of(self._bridge)
         attachment = attachments.attach(self._bridge, sae, use_error_term=use_error_term, positions=positions)
@@ -264,7 +265,7 @@ class ScopeModel:
     @contextmanager
     def saes(
         self, saes: Saes = (), *, use_error_term: bool = False, positions: Positions = "trained"
-    ) -> Iterator[Self]:
+    ) -> Generator["ScopeModel"]:
         """Attach dictionaries for a block of code, on top of what is attached.
 
         At the end, and when the block raises, exactly what was attached before is attached again.
@@ -390,7 +391,7 @@ class ScopeModel:
         bwd_hooks: Sequence[NamedHook] = (),
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
-    ) -> Iterator[Self]:
+    ) -> Generator["ScopeModel"]:
         """Add hooks for a block of code; names may be `<site>.hook_sae_*` of an attached dictionary."""
         ours, theirs = self._latent_hooks.split(fwd_hooks, bwd_hooks)
         with (
@@ -431,16 +432,16 @@ class ScopeModel:
 def fold_mlp_norm(model: ScopeModel, layers: Sequence[int] | None = None) -> None:
     """Fold the pre-MLP norm's gain into W_in and W_gate, in place, for work on weights.
 
-    Afterwards `blocks.L.ln2.hook_out` equals `blocks.L.ln2.hook_normalized`; logits do not change. A Gemma Scope transcoder
-    does not need it: it reads `ln2.hook_normalized`, which never has the gain.
+    Afterwards `blocks.L.ln2.hook_out` equals `blocks.L.ln2.hook_normalized`; logits do not change. A Gemma Scope
+    transcoder does not need it: it reads `ln2.hook_normalized`, which never has the gain.
 
     Args:
         model: A model with RMSNorm and an MLP of `nn.Linear` weights (Gemma 2, Gemma 3, Llama).
         layers: Layers to fold; None folds all.
 
     Raises:
-        ValueError: A layer folded before, a norm that is no RMSNorm, or an attached dictionary that needs the gain; then
-            nothing is changed.
+        ValueError: A layer folded before, a norm that is no RMSNorm, or an attached dictionary that needs the gain;
+            then nothing is changed.
         IndexError: A layer the model does not have.
     """
     _fold_mlp_norm(model.model, layers)

@@ -20,7 +20,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -294,7 +294,7 @@ class HookedSAE(HookedRootModule):
         folded.load_state_dict(state)
         return folded
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "HookedSAE":
         # A threshold rounded to bfloat16 changes which latents fire, so half-precision casts leave it in float32.
         before = self.threshold
         exact = before.data if before is not None else None
@@ -453,6 +453,7 @@ def _read_config(path: Path) -> SAEConfig:
         raise FileNotFoundError(f"{path} is missing; a saved HookedSAE has config.json and sae.safetensors.")
     try:
         fields: dict[str, Any] = json.loads(path.read_text())
-        return SAEConfig(**fields | {"untrained": tuple(fields["untrained"])})
+        fields["untrained"] = tuple(fields["untrained"])
+        return SAEConfig(**fields)
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is no config of a HookedSAE ({type(error).__name__}: {error}).") from None

@@ -39,8 +39,8 @@ class Sites:
         if name.endswith("hook_mlp_in"):
             raise ValueError(
                 f"{name!r} is refused: in TransformerLens 4 it is the residual stream before the pre-MLP norm, in some "
-                "earlier versions it was the MLP's input, and it does not fire by default. Gemma Scope's transcoders read "
-                "'blocks.L.ln2.hook_normalized' (no gain), Gemma Scope 2's 'blocks.L.ln2.hook_out' (with gain)."
+                "earlier versions it was the MLP's input, and it does not fire by default. Gemma Scope's transcoders "
+                "read 'blocks.L.ln2.hook_normalized' (no gain), Gemma Scope 2's 'blocks.L.ln2.hook_out' (with gain)."
             )
         if name not in self._points:
             self._refresh(bridge)
@@ -102,8 +102,9 @@ def check_fits(bridge: TransformerBridge, sae: HookedSAE, sites: Sites, folded_l
         layer = layer_of(name)
         if layer is not None and needs_gain(names) and _gain_folded(bridge, layer, folded_layers):
             raise ValueError(
-                f"The dictionary uses {name!r}, the pre-MLP norm's output with its gain, but the gain of layer {layer} is "
-                "folded into the MLP's weights on this model, so that tensor has no gain now. Load the model unfolded."
+                f"The dictionary uses {name!r}, the pre-MLP norm's output with its gain, but the gain of layer {layer} "
+                "is folded into the MLP's weights on this model, so that tensor has no gain now. Load the model "
+                "unfolded."
             )
     refuse_half_precision(bridge)
     device = next(iter(bridge.parameters())).device

@@ -4,14 +4,15 @@ Let x be what the encoder reads, y what flows at the decoder's site, f the laten
 
 Plain splice: y becomes `decode(f)`.
 
-Error term: y becomes `y + (f' - f) @ W_dec + (e' - e)`, where `e = y - decode(f)` is what the dictionary misses, and f' and
-e' are what the hooks at `hook_sae_acts_post` and `hook_sae_error` leave. Nothing edited gives y itself, bit for bit.
+Error term: y becomes `y + (f' - f) @ W_dec + (e' - e)`, where `e = y - decode(f)` is what the dictionary misses, and f'
+and e' are what the hooks at `hook_sae_acts_post` and `hook_sae_error` leave. Nothing edited gives y itself, bit for
+bit.
 
 1. Encode x once; a hook that edits the input costs a second encoding, because f must stay the unedited one.
 2. Fire each hook on a copy, so that in-place edits are seen and do not reach the model's own tensor.
 3. Sum the edits onto y in float32, and round once.
-4. Gradients: the value above, and the gradient of `decode(f') + e'`. That is `g @ W_dec.T` at the latents, `g` at the error,
-   and, since e depends on f and y, exactly the clean model's gradient upstream.
+4. Gradients: the value above, and the gradient of `decode(f') + e'`. That is `g @ W_dec.T` at the latents, `g` at the
+   error, and, since e depends on f and y, exactly the clean model's gradient upstream.
 
 Positions in `untrained` keep y, and their error is zero.
 """

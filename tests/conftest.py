@@ -1,4 +1,4 @@
-"""Shared material: small random models of every architecture, random dictionaries, and the real data beside the repo."""
+"""Shared material: small random models of every architecture, random dictionaries, the real data beside the repo."""
 
 import copy
 from collections.abc import Callable
