@@ -11,6 +11,9 @@ from scope_lens.releases.npz import read_widths
 from scope_lens.releases.release import FILE_NAME, Release, parse_path
 from scope_lens.releases.sites import REPOS, SITES, Site, full_name
 
+_LAYOUT = f"<site>/layer_<L>/width_<W>/average_l0_<N>/{FILE_NAME}"
+_SITE_FOLDERS: dict[str, Site] = {**{site: site for site in SITES}, "transcoders": "transcoder"}
+
 
 def locate(release: Release, folder: str | Path) -> Path:
     """Find the file of a release in a local folder.
@@ -69,9 +72,6 @@ def open_suite(folder: str | Path, *, site: Site | None = None, model: str = "")
     return sorted(releases, key=lambda r: (SITES.index(r.site), -1 if r.layer is None else r.layer, r.width, r.l0))
 
 
-_LAYOUT = f"<site>/layer_<L>/width_<W>/average_l0_<N>/{FILE_NAME}"
-
-
 def _describe(file: Path, folder: Path, *, site: Site | None, model: str) -> Release:
     path = file.parent.relative_to(folder)
     inside = "/".join(path.parts[-3:])
@@ -82,9 +82,7 @@ def _describe(file: Path, folder: Path, *, site: Site | None, model: str) -> Rel
     repo = full_name(above)
     if repo in REPOS:
         return from_path(repo, inside)
-    named = next((known for known in SITES if known == above), site)
-    if parts.layer is None:
-        named = "embedding"
+    named = "embedding" if parts.layer is None else _SITE_FOLDERS.get(above, site)
     if named is None:
         raise ValueError(
             f"{file}: {above!r} is no site ({', '.join(SITES)}) and no repository of Gemma Scope; pass site=."

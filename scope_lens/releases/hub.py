@@ -54,7 +54,8 @@ def download(release: Release, *, revision: str | None = None) -> Path:
         ConnectionError: The download broke off and could not be taken up.
         OSError: The disk has no room for the file (errno ENOSPC).
     """
-    wanted = revision or pinned_revision(release.repo) or recorded_revision(release.repo) or "main"
+    fixed = revision or pinned_revision(release.repo) or recorded_revision(release.repo)
+    wanted = fixed or "main"
     cached = try_to_load_from_cache(release.repo, release.file, revision=wanted)
     if isinstance(cached, str) and _COMMIT.fullmatch(wanted):
         return Path(cached)
@@ -79,7 +80,7 @@ def download(release: Release, *, revision: str | None = None) -> Path:
         if error.errno != errno.ENOSPC:
             raise
         raise OSError(errno.ENOSPC, _no_room(release, metadata.size)) from None
-    if revision is None:
+    if fixed is None:
         _record(release.repo, commit)
     return path
 

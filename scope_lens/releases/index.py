@@ -53,11 +53,15 @@ class _Cell(NamedTuple):
     def nearest(self, l0: int) -> int:
         return min(self.l0s, key=lambda listed: (abs(listed - l0), listed))
 
+    @property
+    def source(self) -> str:
+        """The plain Neuronpedia id of the cell."""
+        return f"{self.model.removeprefix('google/')}/{self.layer}-gemmascope-{self.site}-{width_name(self.width)}"
+
     def _neuronpedia(self, l0: int) -> str | None:
-        if l0 != self.plain and l0 not in self.own:
-            return None
-        source = f"{self.model.removeprefix('google/')}/{self.layer}-gemmascope-{self.site}-{width_name(self.width)}"
-        return source if l0 == self.plain else f"{source}__l0-{l0}"
+        if l0 == self.plain:
+            return self.source
+        return f"{self.source}__l0-{l0}" if l0 in self.own else None
 
 
 def find(
@@ -257,16 +261,14 @@ def _by_neuronpedia() -> dict[str, tuple[_Cell, int]]:
     for cell in _cells():
         if cell.plain is None:
             continue
-        plain = cell.release(cell.plain).neuronpedia
-        assert plain is not None
-        ids[plain] = (cell, cell.plain)
-        ids |= {f"{plain}__l0-{l0}": (cell, l0) for l0 in cell.own}
+        ids[cell.source] = (cell, cell.plain)
+        ids |= {f"{cell.source}__l0-{l0}": (cell, l0) for l0 in cell.own}
     return ids
 
 
 def _near_ids(source: str, known: dict[str, tuple[_Cell, int]]) -> list[str]:
     """The ids that begin alike, few enough for a message."""
-    stem = source.split("-gemmascope")[0]
+    stem = source.partition("-gemmascope")[0]
     return [name for name in known if name.startswith(f"{stem}-")][:8] or [*known][:8]
 
 
@@ -292,7 +294,7 @@ def _check(kind: str, value: object, known: Sequence[object]) -> None:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """ "0-25" for a full run, the numbers otherwise."""
+    """Write a full run as "0-25" and anything else as its numbers."""
     full = list(range(numbers[0], numbers[-1] + 1))
     if len(numbers) > 2 and list(numbers) == full:
         return f"{numbers[0]}-{numbers[-1]}"

@@ -105,5 +105,7 @@ def _embedding_scale(release: Release, width: int | None) -> float:
     if release.site != "embedding":
         return 1.0
     if width is None:
-        raise ValueError(f"{release}: the scale of an embedding dictionary is sqrt(d_model); name a Gemma 2 model.")
+        raise ValueError(
+            f"{release}: the scale of an embedding dictionary is sqrt(d_model) of its model; use read_npz with scale=."
+        )
     return math.sqrt(width)

@@ -13,6 +13,8 @@ The file is an npz archive of five float arrays: `W_enc` (d_in, d_sae), `W_dec` 
 import math
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -26,8 +28,8 @@ from scope_lens.sae import HookedSAE, SAEConfig, SpecialPosition
 ARRAYS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
 _LARGE = ("W_enc", "W_dec")
 _DTYPES = (np.dtype("<f4"), np.dtype("<f2"), np.dtype("<f8"))
-_PIECE = 1 << 20  # bytes read at a time: small enough to stay in a CPU's cache between the read and the cast
-_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError)
+_PIECE = 1 << 19  # bytes read at a time: small enough to stay in a CPU's cache between the read and the cast
+_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError)
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -84,16 +86,13 @@ def read_npz(
     """
     source = _file_of(Path(file))
     exact = torch.float32 if dtype in _HALF else dtype
-    try:
-        with zipfile.ZipFile(source) as archive:
-            headers = _headers(archive, source)
-            sizes = _check_shapes(headers, source, width)
-            state = {
-                name: _fill(archive, name, header, device=device, dtype=dtype if name in _LARGE else exact)
-                for name, header in headers.items()
-            }
-    except _DAMAGED as error:
-        raise ValueError(_damaged(source, error)) from None
+    with _opened(source) as archive:
+        headers = _headers(archive, source)
+        sizes = _check_shapes(headers, source, width)
+        state = {
+            name: _fill(archive, name, header, device=device, dtype=dtype if name in _LARGE else exact)
+            for name, header in headers.items()
+        }
     for name in ("b_enc", "b_dec", "threshold"):
         state[name] = (state[name] * scale).to(exact if name == "threshold" else dtype)
     cfg = SAEConfig(
@@ -121,11 +120,8 @@ def read_widths(file: str | Path) -> Widths:
         ValueError: The file is no whole npz archive of the five arrays.
     """
     source = _file_of(Path(file))
-    try:
-        with zipfile.ZipFile(source) as archive:
-            return _check_shapes(_headers(archive, source), source, None)
-    except _DAMAGED as error:
-        raise ValueError(_damaged(source, error)) from None
+    with _opened(source) as archive:
+        return _check_shapes(_headers(archive, source), source, None)
 
 
 # ---- 1. headers ----
@@ -141,6 +137,17 @@ def _file_of(path: Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; expected a {FILE_NAME} or the folder that holds one.")
     return path
+
+
+@contextmanager
+def _opened(source: Path) -> Iterator[zipfile.ZipFile]:
+    """Open the archive, and say what the file looks like if it turns out to be none, or a damaged one."""
+    with source.open("rb") as stream:
+        try:
+            with zipfile.ZipFile(stream) as archive:
+                yield archive
+        except _DAMAGED as error:
+            raise ValueError(_damaged(source, error)) from None
 
 
 def _headers(archive: zipfile.ZipFile, source: Path) -> dict[str, _Header]:
@@ -176,13 +183,10 @@ def _header(archive: zipfile.ZipFile, name: str, source: Path) -> _Header:
 
 def _npy_header(member: IO[bytes], where: str) -> tuple[tuple[int, ...], bool, np.dtype[np.floating]]:
     """Read one array's header; the stream is left at the first number."""
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     try:
-        version = np.lib.format.read_magic(member)
-        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        if version not in readers:
-            raise ValueError(f"npy version {version}")
-        return readers[version](member)
-    except ValueError as error:
+        return readers[np.lib.format.read_magic(member)](member)
+    except (ValueError, KeyError) as error:
         raise ValueError(f"{where} is no npy array ({error}); the file is damaged or of another kind.") from None
 
 
@@ -221,16 +225,23 @@ def _fill(
     """Allocate one array's tensor and fill it piece by piece."""
     # An array in column order is the transpose of one in row order, so its numbers fill the transpose's rows.
     shape = header.shape[::-1] if header.fortran else header.shape
-    whole = torch.empty(shape, dtype=dtype, device=device)
+    whole = _allocate(shape, dtype, torch.device(device))
     rows = whole.view(-1)
     direct = header.dtype == np.dtype("<f4") and dtype == torch.float32 and whole.device.type == "cpu"
     with archive.open(f"{name}.npy") as member:
         _npy_header(member, name)
         if direct:
-            _read_into(member, memoryview(rows.numpy()).cast("B"))
+            _read_into(member, rows.numpy().data.cast("B"))
         else:
             _read_cast(member, rows, header.dtype)
     return whole.t().contiguous() if header.fortran else whole
+
+
+def _allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    # numpy asks the system for huge pages and torch does not; first touching 300 MB page by page doubles the time.
+    return torch.from_numpy(np.empty(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
 def _read_into(member: IO[bytes], target: memoryview) -> None:
@@ -243,10 +254,10 @@ def _read_into(member: IO[bytes], target: memoryview) -> None:
 def _read_cast(member: IO[bytes], target: Tensor, dtype: np.dtype[np.floating]) -> None:
     """Read a member's numbers into a tensor of another dtype or device, through a buffer of one piece."""
     buffer = np.empty(_PIECE // dtype.itemsize, dtype=dtype)
-    staged = torch.from_numpy(buffer)
+    held, staged = buffer.data.cast("B"), torch.from_numpy(buffer)
     for start in range(0, target.numel(), buffer.size):
         count = min(buffer.size, target.numel() - start)
-        memoryview(buffer).cast("B")[: count * dtype.itemsize] = _read(member, count * dtype.itemsize)
+        held[: count * dtype.itemsize] = _read(member, count * dtype.itemsize)
         target[start : start + count].copy_(staged[:count])
 
 
@@ -275,4 +286,4 @@ def _damaged(source: Path, error: Exception) -> str:
         seen = "it is a single npy array"
     else:
         seen = f"it is no zip archive and begins with {start[:8]!r}"
-    return f"{source}: expected an npz archive of {', '.join(ARRAYS)}, but {seen}. Copy or download it again."
+    return f"{source}: expected an npz archive of {', '.join(ARRAYS)}, but {seen}. Delete it, then copy or download it again."

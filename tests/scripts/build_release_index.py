@@ -17,7 +17,6 @@ its cell (layer and width) or has dashboards. This script
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 INDEX = Path(__file__).resolve().parents[2] / "scope_lens" / "releases" / "index.json"
@@ -27,7 +26,7 @@ THIRD = "165 173 155 167 282 272 329 245 168 235 287 17 18 26 24 25 29 34 34 32 
 
 
 def cells(entries: list[dict]) -> dict[str, dict[str, dict[str, list]]]:
-    """Rows by repository, layer and width: [sorted L0s, canonical L0, L0 of the plain id, L0s with an id of their own]."""
+    """Rows by repository, layer and width: L0s, canonical L0, L0 of the plain id, L0s with an id of their own."""
     repos: dict[str, dict] = {}
     for entry in entries:
         layer = "embedding" if entry["layer"] is None else str(entry["layer"])
@@ -90,7 +89,7 @@ def main() -> None:
     }
     part = INDEX.with_name(INDEX.name + ".part")
     part.write_text(_by_line(index))
-    os.replace(part, INDEX)
+    part.replace(INDEX)
     files = sum(len(row[0]) for layers in rows.values() for widths in layers.values() for row in widths.values())
     print(f"{files} files, {INDEX.stat().st_size} bytes")
 
