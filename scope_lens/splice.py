@@ -50,7 +50,9 @@ def splice(
     out = _with_error(sae, x, y, untrained) if use_error_term else _plain(sae, x, y)
     if untrained is not None and out is not y:
         out = torch.where(untrained.unsqueeze(-1), y, out)
-    return _fire(sae.hook_sae_output, out)
+    shown = _fire(sae.hook_sae_output, out)
+    # Some TransformerLens components take another tensor object for an edit, so an unedited copy is not handed on.
+    return shown if torch.is_grad_enabled() or _edited(shown, out) else out
 
 
 def _plain(sae: HookedSAE, x: Tensor, y: Tensor) -> Tensor:
