@@ -12,7 +12,7 @@ in four settings, because 4 billion tokens are not at hand:
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal
 
 from scope_lens.releases.sites import Site, hooks_for
 
@@ -73,7 +73,7 @@ class TrainConfig:
             raise ValueError(f"TrainConfig.lr_decay is {self.lr_decay}, more than the run's {self.steps} steps.")
 
     @classmethod
-    def gemma_scope(cls, *, site: Site, layer: int, width: int, sparsity: float, seed: int = 0) -> Self:
+    def gemma_scope(cls, *, site: Site, layer: int, width: int, sparsity: float, seed: int = 0) -> "TrainConfig":
         """Give the published recipe, its 4, 8 or 16 billion tokens included.
 
         The text does not say whether the threshold or its logarithm is trained; the logarithm is the choice of the
@@ -106,7 +106,7 @@ class TrainConfig:
     @classmethod
     def short_run(
         cls, *, site: Site, layer: int, width: int, sparsity: float, steps: int = 4_000, seed: int = 0
-    ) -> Self:
+    ) -> "TrainConfig":
         """Give a recipe for a few million rows: the same loss, with the four departures of the module docstring.
 
         Args:

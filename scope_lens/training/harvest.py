@@ -1,8 +1,8 @@
 """Fill arrays with the activations of a model's hook points.
 
 1. Documents become token sequences; special positions are left out, and a random sample of the others is drawn.
-2. Every kept position has its row number before the first forward, so the rows come out shuffled and a harvest that is
-   taken up again writes what an unbroken one would have written.
+2. Every kept position has its row number before the first forward, so a harvest that is taken up again writes what an
+   unbroken one would have written. Rows stand in the order of the text; a reader shuffles them.
 3. The model runs batch by batch, and each forward is broken off as soon as the last site has fired.
 """
 
@@ -85,7 +85,7 @@ class HarvestPlan:
                 f"not BOS, EOS or padding, and rows={rows}. Give the harvest text, or more rows."
             )
         row_of = torch.full((tokens.numel(),), -1)
-        row_of[positions[order]] = torch.arange(len(order))
+        row_of[positions[order.sort().values]] = torch.arange(len(order))
         name = str(bridge.cfg.model_name)
         settings = f"{name} {tuple(tokens.shape)} {list(sites)} {rows} {seed}"
         caught = _activations(model, tokens[:1, :2], sites=sites, pad=special.pad)

@@ -1,8 +1,8 @@
-"""Activations of several sites, harvested in one pass and kept as shuffled rows.
+"""Activations of several sites, harvested in one pass and read back as shuffled rows.
 
-Row i of every site comes from the same token, so that a transcoder can read one site and be scored at another. Rows are
-shuffled over the whole store when they are written, and again in every pass over it. BOS, EOS and padding never enter
-(Gemma Scope, arXiv 2408.05147, section 3.1).
+Row i of every site comes from the same token, so that a transcoder can read one site and be scored at another. Every
+pass over the store shuffles all of its rows. BOS, EOS and padding never enter (Gemma Scope, arXiv 2408.05147, section
+3.1).
 
 A store lives in memory or in a folder:
 
@@ -59,7 +59,7 @@ class StoreManifest:
 
 
 class ActivationStore:
-    """Shuffled rows of activations, the same tokens at every site.
+    """Rows of activations, the same tokens at every site.
 
     Made by `ActivationStore.harvest` or `ActivationStore.open`.
 
@@ -101,7 +101,7 @@ class ActivationStore:
             rows: Most rows to keep; fewer where the data has fewer.
             dtype: Dtype of the stored rows: bfloat16, float16 or float32.
             resume: Whether an earlier harvest in `path` is taken up; otherwise one that is under way is begun anew.
-            seed: Of the sample and the order of the rows.
+            seed: Of the sample.
             batch_size: Sequences of a forward.
             progress: Whether a progress bar is shown.
 

@@ -1,0 +1,76 @@
+"""The embedded model and its dictionaries: a small trained Gemma 2 with a suite in Gemma Scope's layout.
+
+The model has 4 layers of width 192 and writes simple stories. Each layer has a residual, an MLP and an attention SAE
+and a transcoder, of 1,024 latents each. All of it is in the installed package, so nothing is downloaded:
+
+    model = scope_lens.demo.load_model()
+    saes = scope_lens.demo.load_saes(sites="res")
+    model.run_with_saes(scope_lens.demo.text()[0], saes=saes)
+
+`NOTICE.md` in this folder says where the weights and the text come from. `tests/scripts/build_demo_suite.py` makes them.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from scope_lens.model import ScopeModel
+    from scope_lens.releases.sites import Site
+    from scope_lens.sae import HookedSAE
+
+MODEL_NAME = "scope-lens/tiny-gemma2-stories"
+_SEPARATOR = "\n<|endoftext|>\n"
+
+
+def path() -> Path:
+    """Give the folder that holds `model/` (Hugging Face layout), `suite/` (Gemma Scope's layout) and `text.txt`."""
+    return Path(__file__).parent
+
+
+def load_model() -> "ScopeModel":
+    """Load the embedded language model in float32; its weights are stored in bfloat16."""
+    from scope_lens.model import ScopeModel
+
+    return ScopeModel.from_pretrained(path() / "model")
+
+
+def load_saes(
+    sites: "Site | Sequence[Site] | None" = None, layers: int | Sequence[int] | None = None
+) -> "list[HookedSAE]":
+    """Load the embedded dictionaries, by site and layer.
+
+    Args:
+        sites: One or several of "res", "mlp", "att" and "transcoder"; None takes all.
+        layers: One or several layers; None takes all.
+
+    Raises:
+        KeyError: A site or layer that the suite does not have.
+    """
+    from scope_lens.releases import load, open_suite
+
+    suite = path() / "suite"
+    releases = open_suite(suite, model=MODEL_NAME)
+    wanted_sites = _wanted("site", sites, [release.site for release in releases])
+    wanted_layers = _wanted("layer", layers, [release.layer for release in releases])
+    return [
+        load(release, local_dir=suite)
+        for release in releases
+        if release.site in wanted_sites and release.layer in wanted_layers
+    ]
+
+
+def text() -> list[str]:
+    """Give the hold-out documents: 200 stories that neither the model nor the dictionaries were trained on."""
+    return (path() / "text.txt").read_text(encoding="utf-8").split(_SEPARATOR)
+
+
+def _wanted(kind: str, asked: object, there: Sequence[object]) -> set[object]:
+    if asked is None:
+        return set(there)
+    wanted: set[object] = set(asked) if isinstance(asked, Sequence) and not isinstance(asked, str) else {asked}
+    if missing := wanted - set(there):
+        raise KeyError(
+            f"The embedded suite has no {kind} {sorted(map(str, missing))}; it has {sorted(map(str, set(there)))}."
+        )
+    return wanted
