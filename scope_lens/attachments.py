@@ -15,6 +15,7 @@ permanent hooks: `reset_hooks()` is for the user's.
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Literal
@@ -165,6 +166,21 @@ class Attachments:
         """Attach again what `detach` took out, as it was."""
         self.attach(bridge, attachment.sae, use_error_term=attachment.use_error_term, positions=attachment.positions)
 
+    @contextmanager
+    def set_aside(self, bridge: TransformerBridge) -> Iterator[None]:
+        """Make every dictionary inert for a block of code; their hooks keep their place, their handles keep working."""
+        kept = {attachment.writes: attachment for attachment in self}
+        self._by_point = {}
+        try:
+            yield
+        finally:
+            for attachment in self:
+                self.detach(attachment)
+            self._by_point = kept
+            self._forward = _Forward()
+            if kept:
+                self._watch_forward(bridge)
+
     def at(self, point: HookPoint) -> Attachment | None:
         """What is attached at a HookPoint, or None."""
         self._drop_dead()
@@ -197,8 +213,10 @@ class Attachments:
     # ---- one forward pass ----
 
     def _splice(self, attachment: Attachment, tensor: Tensor) -> Tensor | None:
+        if self._by_point.get(attachment.writes) is not attachment:
+            return None  # set aside
         sae = attachment.sae
-        y = _flat(tensor, sae.cfg.d_out, sae.cfg.hook_out)
+        y = flat_activation(tensor, sae.cfg.d_out, sae.cfg.hook_out)
         if y.device != sae.device:
             raise ValueError(
                 f"The dictionary for {sae.cfg.hook_out!r} is on {sae.device}, the activation there on {y.device}. "
@@ -217,7 +235,7 @@ class Attachments:
                 "forward pass. Its input must come before its output; check the hook names, or whether hooks were "
                 "removed."
             )
-        return _flat(x, cfg.d_in, cfg.hook_in)
+        return flat_activation(x, cfg.d_in, cfg.hook_in)
 
     def _untrained(self, attachment: Attachment, y: Tensor) -> Tensor | None:
         kinds = attachment.sae.cfg.untrained
@@ -302,8 +320,12 @@ def attachments_of(bridge: TransformerBridge) -> Attachments:
     return found
 
 
-def _flat(tensor: Tensor, width: int, name: str) -> Tensor:
-    """Heads and head dimensions in one axis where the dictionary's width says so, else the tensor as it is."""
+def flat_activation(tensor: Tensor, width: int, name: str) -> Tensor:
+    """Heads and head dimensions in one axis where the dictionary's width says so, else the tensor as it is.
+
+    Raises:
+        ValueError: The tensor has another width.
+    """
     if tensor.shape[-1] == width:
         return tensor
     if tensor.ndim >= 4 and tensor.shape[-2] * tensor.shape[-1] == width:

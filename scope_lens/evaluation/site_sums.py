@@ -1,0 +1,80 @@
+"""Reconstruction error, variance and activity at one site, as sums that add over batches.
+
+The variance is about the mean of the whole data. Sums of squares about zero would cancel where the mean is large against
+the spread, as it is in a residual stream; so each batch is centred at its own mean, and two batches merge by the update of
+Chan, Golub and LeVeque (1979):
+
+    centred = centred_a + centred_b + |mean_b - mean_a|^2 n_a n_b / (n_a + n_b)
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from scope_lens.sae import HookedSAE
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteSums:
+    """Sums over the counted positions of one site.
+
+    Attributes:
+        n: Counted positions.
+        mean: Mean of y.
+        centred: `sum |y - mean(y)|^2`.
+        error: `sum |y - y_hat|^2`.
+        fired: How often each latent was active.
+    """
+
+    n: int
+    mean: Float[Tensor, " d_out"]
+    centred: Float[Tensor, ""]
+    error: Float[Tensor, ""]
+    fired: Int[Tensor, " d_sae"]
+
+    @classmethod
+    def of(cls, sae: HookedSAE, x: Float[Tensor, "row d_in"], y: Float[Tensor, "row d_out"]) -> "SiteSums":
+        """Encode and reconstruct counted positions once, and sum; the dictionary's hooks do not fire."""
+        n = y.shape[0]
+        exact = y.double()
+        mean = exact.sum(0) / max(n, 1)
+        if n:
+            acts = sae.activate(sae.pre_activation(x))
+            error = (exact - sae.reconstruct(acts, x)).square_().sum()
+            fired = torch.count_nonzero(acts, dim=0)
+        else:
+            error, fired = exact.sum(), torch.zeros(sae.cfg.d_sae, dtype=torch.long, device=y.device)
+        return cls(n=n, mean=mean, centred=(exact - mean).square_().sum(), error=error, fired=fired)
+
+    def __add__(self, other: "SiteSums") -> "SiteSums":
+        n = self.n + other.n
+        share = other.n / max(n, 1)
+        shift = other.mean - self.mean
+        return SiteSums(
+            n=n,
+            mean=self.mean + shift * share,
+            centred=self.centred + other.centred + shift.square().sum() * (self.n * share),
+            error=self.error + other.error,
+            fired=self.fired + other.fired,
+        )
+
+    @property
+    def fvu(self) -> float:
+        """`error / centred`; without variance infinity, or NaN where nothing is missed."""
+        error, centred = float(self.error), float(self.centred)
+        if centred == 0:
+            return math.inf if error > 0 else math.nan
+        return error / centred
+
+    @property
+    def l0(self) -> float:
+        """Active latents per position."""
+        return int(self.fired.sum()) / self.n if self.n else math.nan
+
+    @property
+    def dead(self) -> float:
+        """Fraction of latents that never fired."""
+        return float((self.fired == 0).double().mean())

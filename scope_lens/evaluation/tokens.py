@@ -1,0 +1,167 @@
+"""From what a user hands to `evaluate` to rows of token ids.
+
+1. Text is packed: documents one after the other, BOS in front of each document and in front of each row, cut into rows of
+   `context` tokens, the last row filled up with PAD.
+2. Token tensors are taken as they are, after a check of everything that would make the numbers wrong without a sound.
+3. Rows of one length become batches. The hash is of the rows, so that it does not depend on the batch size.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformer_lens import TransformerBridge
+
+from scope_lens.model import ScopeModel
+from scope_lens.special_tokens import SpecialTokens, special_token_ids
+
+Tokens = Int[Tensor, "seq pos"] | Iterable[Int[Tensor, "seq pos"]] | Sequence[str]
+
+
+def pack(model: ScopeModel, texts: Sequence[str], *, context: int) -> Int[Tensor, "row context"]:
+    """Cut documents into rows of `context` tokens with BOS in front.
+
+    Each document gets a BOS in front, the documents follow each other, and where a document is cut its next row begins
+    with a BOS as well. The last row is filled up with PAD (with BOS or EOS where the model has no PAD); an evaluation does
+    not count them. A model that was not trained with BOS gets EOS between documents instead.
+
+    Args:
+        model: Its tokenizer is used.
+        texts: Documents of any length.
+        context: Tokens in a row, BOS included.
+
+    Raises:
+        ValueError: No tokenizer, no text, no special token to fill up with, or a context the model does not have.
+    """
+    bridge = model.model
+    special = special_token_ids(bridge)
+    tokenizer = bridge.tokenizer
+    if tokenizer is None:
+        raise ValueError(
+            "Text needs a tokenizer and this model has none; pass token ids (a tensor of shape (seq, pos))."
+        )
+    n_ctx = int(bridge.cfg.n_ctx)
+    if not 2 <= context <= n_ctx:
+        raise ValueError(f"context is {context}; a row needs at least 2 tokens and this model takes at most {n_ctx}.")
+    first = special.bos[:1] if expects_bos(bridge, special) else ()
+    between = first or special.eos[:1]
+    fill = (special.pad or special.bos or special.eos)[:1]
+    if not fill:
+        raise ValueError("This model names no PAD, BOS or EOS to fill up the last row with; pass token ids instead.")
+
+    rows: list[list[int]] = [[]]
+    for text in texts:
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        row = rows[-1]
+        start = 0
+        while start < len(ids):
+            if len(row) >= context - 1:
+                row = []
+                rows.append(row)
+            row.extend(between if row else first)
+            taken = ids[start : start + context - len(row)]
+            row.extend(taken)
+            start += len(taken)
+    if not rows[0]:
+        raise ValueError(f"There is no text to evaluate: {len(texts)} documents, all of them empty.")
+    return torch.tensor([row + list(fill) * (context - len(row)) for row in rows])
+
+
+def expects_bos(bridge: TransformerBridge, special: SpecialTokens) -> bool:
+    """Whether the model was trained with a BOS in front of every sequence, as far as TransformerLens knows."""
+    return bool(special.bos) and bool(getattr(bridge.cfg, "default_prepend_bos", True))
+
+
+def leading_pad(tokens: Int[Tensor, "seq pos"], special: SpecialTokens) -> Bool[Tensor, "seq pos"]:
+    """Mark the PAD ids in front of each row's first real token; a BOS that is also the PAD counts as real."""
+    pad = [i for i in special.pad if i not in special.bos]
+    return torch.isin(tokens, torch.tensor(pad, dtype=tokens.dtype, device=tokens.device)).cumprod(1).bool()
+
+
+def token_rows(model: ScopeModel, tokens: Tokens, *, context: int) -> list[Int[Tensor, "seq pos"]]:
+    """Check and collect what is to be evaluated, on the CPU; consecutive tensors of one width are joined.
+
+    Args:
+        model: Its context length, vocabulary and special ids are checked against.
+        tokens: One tensor, several (a generator too), or documents.
+        context: Row length for text, at most; a shorter context of the model is kept to.
+
+    Raises:
+        ValueError: No tokens, a wrong shape or dtype, rows longer than the model's context, ids outside the vocabulary, or
+            rows without BOS on a model that expects it.
+    """
+    if isinstance(tokens, str):
+        tokens = [tokens]
+    given: list[Tensor | str] = [tokens] if isinstance(tokens, Tensor) else list(tokens)
+    texts = [item for item in given if isinstance(item, str)]
+    tensors = [item for item in given if isinstance(item, Tensor)]
+    if len(texts) == len(given) > 0:
+        tensors = [pack(model, texts, context=min(context, int(model.model.cfg.n_ctx)))]
+    elif len(tensors) < len(given):
+        kinds = sorted({type(item).__name__ for item in given})
+        raise ValueError(
+            f"tokens holds {kinds}; expected token tensors of shape (seq, pos), or documents, not a mixture."
+        )
+
+    special = special_token_ids(model.model)
+    joined: list[list[Tensor]] = []
+    for index, tensor in enumerate(tensors):
+        rows = _checked(model.model, tensor, special, index)
+        if not rows.numel():
+            continue
+        if joined and joined[-1][0].shape[1] == rows.shape[1]:
+            joined[-1].append(rows)
+        else:
+            joined.append([rows])
+    if not joined:
+        raise ValueError("There are no tokens to evaluate: nothing was given, or only empty tensors.")
+    return [torch.cat(rows) for rows in joined]
+
+
+def rows_hash(rows: Iterable[Int[Tensor, "seq pos"]]) -> str:
+    """SHA-256 over the length and the ids of each row, in order."""
+    digest = hashlib.sha256()
+    for tensor in rows:
+        for row in tensor.cpu().numpy().astype("<i8"):
+            digest.update(len(row).to_bytes(8, "little"))
+            digest.update(row.tobytes())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _checked(bridge: TransformerBridge, tensor: Tensor, special: SpecialTokens, index: int) -> Tensor:
+    where = f"tokens (tensor {index})"
+    if tensor.ndim != 2 or tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ValueError(
+            f"{where}: expected integer ids of shape (seq, pos), found {tensor.dtype} of shape {tuple(tensor.shape)}. "
+            "Add the sequence axis with tokens[None]."
+        )
+    rows = tensor.detach().to("cpu", torch.long)
+    if not rows.numel():
+        return rows
+    n_ctx, vocabulary = int(bridge.cfg.n_ctx), int(bridge.cfg.d_vocab)
+    if rows.shape[1] > n_ctx:
+        raise ValueError(
+            f"{where}: rows of {rows.shape[1]} tokens, but the model's context is {n_ctx}. Cut them into shorter rows, each "
+            "with a BOS in front; scope_lens.evaluation.pack does it for text."
+        )
+    low, high = (int(bound) for bound in rows.aminmax())
+    if low < 0 or high >= vocabulary:
+        raise ValueError(
+            f"{where}: ids from {low} to {high}, but the model's vocabulary has the ids 0 to {vocabulary - 1}. Were they "
+            "made by another model's tokenizer?"
+        )
+    if expects_bos(bridge, special):
+        real = ~leading_pad(rows, special)
+        first = rows.gather(1, real.long().argmax(1, keepdim=True))[:, 0]
+        missing = real.any(1) & ~torch.isin(first, torch.tensor(special.bos))
+        if missing.any():
+            row = int(missing.nonzero()[0])
+            raise ValueError(
+                f"{where}: {int(missing.sum())} of {len(rows)} rows do not begin with BOS (id {special.bos[0]}); row {row} "
+                f"begins with {int(first[row])}. The model was trained with BOS in front and its activations are not the "
+                "ones the dictionaries know without it. Put it in front of every row, e.g. with "
+                "scope_lens.evaluation.pack or model.to_tokens."
+            )
+    return rows
