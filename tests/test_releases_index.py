@@ -141,7 +141,7 @@ def test_filters_combine():
         (lambda: pick(model="gemma-2-2b", site="mlp", layer=3, width="1m"), "width '1m' .* it has 16k, 65k"),
         (lambda: pick(model="gemma-2-2b", site="embedding", layer=3), "it has no layers: leave layer out"),
         (lambda: ladder(model="gemma-2-2b", site="res"), "at layer None; it has layers 0-25"),
-        (lambda: from_path("google/gemma-scope", "layer_1/width_16k/average_l0_5"), "no repository .*Known: google/gemma"),
+        (lambda: from_path("google/gemma-scope", "layer_1/width_16k/average_l0_5"), "no repository .*Known: google"),
         (lambda: from_path("gemma-scope-2b-pt-res", "layer_26/width_16k/average_l0_5"), "has the layers 0 to 25"),
         (lambda: from_path("gemma-scope-2b-pt-res", "layer_20/width_16k/l0_71"), "average_l0_71"),
         (lambda: from_path("gemma-scope-2b-pt-res", "../layer_20/width_16k/average_l0_71"), "no file"),

@@ -13,8 +13,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from scope_lens.releases.index import find, from_neuronpedia, from_path, ladder, pick, pinned_revision
+from scope_lens.releases.references import loaders, release_of
 from scope_lens.releases.release import Release, parse_width, width_name
-from scope_lens.releases.sites import MODELS, REPOS, SITES, Hooks, Site, hooks_for
+from scope_lens.releases.sites import MODELS, REPOS, SITES, Hooks, Place, Site, activation_width, hooks_for, place_of
 
 if TYPE_CHECKING:
     from scope_lens.releases.folders import locate, open_suite
@@ -26,20 +27,25 @@ __all__ = [
     "REPOS",
     "SITES",
     "Hooks",
+    "Place",
     "Release",
     "Site",
+    "activation_width",
     "find",
     "from_neuronpedia",
     "from_path",
     "hooks_for",
     "ladder",
     "load",
+    "loaders",
     "locate",
     "open_suite",
     "parse_width",
     "pick",
     "pinned_revision",
+    "place_of",
     "read_npz",
+    "release_of",
     "width_name",
 ]
 

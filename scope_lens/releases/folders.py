@@ -82,7 +82,7 @@ def _describe(file: Path, folder: Path, *, site: Site | None, model: str) -> Rel
     repo = full_name(above)
     if repo in REPOS:
         return from_path(repo, inside)
-    named = "embedding" if parts.layer is None else _SITE_FOLDERS.get(above, site)
+    named = _SITE_FOLDERS.get("embedding" if parts.layer is None else above) or site
     if named is None:
         raise ValueError(
             f"{file}: {above!r} is no site ({', '.join(SITES)}) and no repository of Gemma Scope; pass site=."

@@ -73,8 +73,8 @@ def download(release: Release, *, revision: str | None = None) -> Path:
         raise FileNotFoundError(_unreachable(release, wanted, error)) from None
     except _TRANSPORT as error:
         raise ConnectionError(
-            f"The download of {release} broke off ({type(error).__name__}: {error}). Nothing half-written was kept; "
-            f"call load again, or fetch the file by other means and pass local_dir=."
+            f"The download of {release} broke off ({type(error).__name__}: {_first_line(error)}). Nothing half-written "
+            f"was kept; call load again, or fetch the file by other means and pass local_dir=."
         ) from error
     except OSError as error:
         if error.errno != errno.ENOSPC:
@@ -120,11 +120,11 @@ def _metadata(release: Release, revision: str) -> HfFileMetadata:
         ) from None
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"The hub at {constants.ENDPOINT} does not give access to {release.repo} ({error}). Gemma Scope's "
+            f"The hub at {constants.ENDPOINT} gives no access to {release.repo} ({_first_line(error)}). Gemma Scope's "
             f"repositories are public: check HF_ENDPOINT and the token in HF_TOKEN."
         ) from None
     except (ConnectionError, _TRANSPORT) as error:
-        raise LocalEntryNotFoundError(f"{type(error).__name__}: {error}") from None
+        raise LocalEntryNotFoundError(f"{type(error).__name__}: {_first_line(error)}") from None
 
 
 def _listed(release: Release) -> str:
@@ -136,11 +136,19 @@ def _listed(release: Release) -> str:
 
 
 def _unreachable(release: Release, revision: str, error: Exception) -> str:
-    why = "offline mode is on (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else f"the hub cannot be reached ({error})"
+    why = (
+        "offline mode is on (HF_HUB_OFFLINE)"
+        if constants.HF_HUB_OFFLINE
+        else f"the hub cannot be reached ({_first_line(error)})"
+    )
     return (
         f"{release.file} of {release.repo} at revision {revision!r} is not in the cache {constants.HF_HUB_CACHE}, and "
         f"{why}. Connect and load it once, or pass local_dir= with a folder that mirrors the repository."
     )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _check_disk(release: Release, metadata: HfFileMetadata) -> None:

@@ -13,10 +13,10 @@ The file is an npz archive of five float arrays: `W_enc` (d_in, d_sae), `W_dec` 
 import math
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -31,6 +31,13 @@ _DTYPES = (np.dtype("<f4"), np.dtype("<f2"), np.dtype("<f8"))
 _PIECE = 1 << 19  # bytes read at a time: small enough to stay in a CPU's cache between the read and the cast
 _DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError)
 _HALF = (torch.bfloat16, torch.float16)
+
+
+@runtime_checkable
+class _Stream(Protocol):
+    """A member of the archive, opened for reading."""
+
+    def read(self, size: int = -1, /) -> bytes: ...
 
 
 class _Header(NamedTuple):
@@ -140,7 +147,7 @@ def _file_of(path: Path) -> Path:
 
 
 @contextmanager
-def _opened(source: Path) -> Iterator[zipfile.ZipFile]:
+def _opened(source: Path) -> Generator[zipfile.ZipFile, None, None]:
     """Open the archive, and say what the file looks like if it turns out to be none, or a damaged one."""
     with source.open("rb") as stream:
         try:
@@ -181,7 +188,7 @@ def _header(archive: zipfile.ZipFile, name: str, source: Path) -> _Header:
     return _Header(shape, fortran, dtype)
 
 
-def _npy_header(member: IO[bytes], where: str) -> tuple[tuple[int, ...], bool, np.dtype[np.floating]]:
+def _npy_header(member: _Stream, where: str) -> tuple[tuple[int, ...], bool, np.dtype[np.floating]]:
     """Read one array's header; the stream is left at the first number."""
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     try:
@@ -244,14 +251,14 @@ def _allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
     return torch.from_numpy(np.empty(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
-def _read_into(member: IO[bytes], target: memoryview) -> None:
+def _read_into(member: _Stream, target: memoryview) -> None:
     """Read a member's numbers into memory that holds them as they are."""
     for start in range(0, len(target), _PIECE):
         count = min(_PIECE, len(target) - start)
         target[start : start + count] = _read(member, count)
 
 
-def _read_cast(member: IO[bytes], target: Tensor, dtype: np.dtype[np.floating]) -> None:
+def _read_cast(member: _Stream, target: Tensor, dtype: np.dtype[np.floating]) -> None:
     """Read a member's numbers into a tensor of another dtype or device, through a buffer of one piece."""
     buffer = np.empty(_PIECE // dtype.itemsize, dtype=dtype)
     held, staged = buffer.data.cast("B"), torch.from_numpy(buffer)
@@ -261,7 +268,7 @@ def _read_cast(member: IO[bytes], target: Tensor, dtype: np.dtype[np.floating]) 
         target[start : start + count].copy_(staged[:count])
 
 
-def _read(member: IO[bytes], count: int) -> bytes:
+def _read(member: _Stream, count: int) -> bytes:
     # The archive compares the member's checksum when the last byte has been read.
     piece = member.read(count)
     if len(piece) != count:
@@ -286,4 +293,5 @@ def _damaged(source: Path, error: Exception) -> str:
         seen = "it is a single npy array"
     else:
         seen = f"it is no zip archive and begins with {start[:8]!r}"
-    return f"{source}: expected an npz archive of {', '.join(ARRAYS)}, but {seen}. Delete it, then copy or download it again."
+    expected = f"expected an npz archive of {', '.join(ARRAYS)}"
+    return f"{source}: {expected}, but {seen}. Delete it, then copy or download it again."

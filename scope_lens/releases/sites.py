@@ -12,6 +12,7 @@ site (Gemma Scope, section 3.1 and Appendix B; the hook names are TransformerLen
   the hook carries those rows times sqrt(d_model); `scope_lens.releases.loading` folds that factor in.
 """
 
+import re
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Literal, NamedTuple, get_args
@@ -73,7 +74,7 @@ REPOS: Mapping[str, Repo] = MappingProxyType(
 )
 
 
-def hooks_for(site: Site, layer: int | None) -> Hooks:
+def hooks_for(site: str, layer: int | None) -> Hooks:
     """Name the hooks of a site, as a Gemma 2 or Gemma 3 bridge spells them.
 
     Args:
@@ -84,9 +85,7 @@ def hooks_for(site: Site, layer: int | None) -> Hooks:
         KeyError: An unknown site.
         ValueError: A layer missing, or given for the embedding.
     """
-    if site not in SITES:
-        raise KeyError(unknown("site", site, SITES))
-    if (layer is None) != (site == "embedding"):
+    if site in SITES and (layer is None) != (site == "embedding"):
         raise ValueError(
             f"Site {site!r} with layer={layer}: every site but 'embedding' has a layer, and that has none."
         )
@@ -101,6 +100,25 @@ def hooks_for(site: Site, layer: int | None) -> Hooks:
             return Hooks(f"blocks.{layer}.ln2.hook_normalized", f"blocks.{layer}.hook_mlp_out")
         case "embedding":
             return Hooks("hook_embed", "hook_embed")
+        case _:
+            raise KeyError(unknown("site", site, SITES))
+
+
+class Place(NamedTuple):
+    """A site and a layer; the embedding has no layer."""
+
+    site: Site
+    layer: int | None
+
+
+def place_of(hooks: Hooks) -> Place | None:
+    """Say which site and layer two hooks are, the inverse of `hooks_for`; None for hooks of no site."""
+    found = re.match(r"blocks\.(\d+)\.", hooks.hook_out)
+    layer = int(found.group(1)) if found else None
+    for site in SITES:
+        if (site == "embedding") == (layer is None) and hooks_for(site, layer) == hooks:
+            return Place(site, layer)
+    return None
 
 
 def activation_width(model: str, site: Site) -> int | None:
