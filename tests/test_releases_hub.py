@@ -301,6 +301,18 @@ def test_a_disk_that_fills_up_during_the_download_leaves_nothing(hub, cache, rel
     assert recorded_revision(REPO) is None
 
 
+def test_a_cache_that_can_only_be_read_is_read(hub, release, monkeypatch):
+    download(release, revision="main")
+
+    def refuse(self: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert download(release).read_bytes() == hub.commits[FIRST][PATH]
+    assert len(hub.gets) == 1
+
+
 def test_the_environment_alone_points_a_new_process_to_a_mirror(hub, tmp_path):
     script = (
         "from scope_lens.releases import from_path; from scope_lens.releases.hub import download; import sys\n"

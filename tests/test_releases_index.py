@@ -1,9 +1,11 @@
 """The packaged index against the listing it was made from, and the names that lead into it and out of it."""
 
 import json
+import runpy
 import subprocess
 import sys
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 
@@ -102,6 +104,21 @@ def test_neuronpedia_ids_lead_there_and_back(listing):
     assert from_neuronpedia("gemma-2-2b/20-gemmascope-res-16k").path == "layer_20/width_16k/average_l0_71"
     assert from_neuronpedia("gemma-2-2b/5-gemmascope-transcoder-16k").l0 == 87
     assert sum(release.neuronpedia is not None for release in find()) == 656
+
+
+def test_the_packaged_index_is_what_its_script_makes(shared_data, tmp_path, capsys, monkeypatch):
+    script = Path(__file__).parent / "scripts" / "build_release_index.py"
+    packaged = Path(releases.__file__).parent / "index.json"
+    (tmp_path / "index.json").write_text(packaged.read_text())
+    namespace = runpy.run_path(str(script))
+    main = namespace["main"]
+    monkeypatch.setitem(main.__globals__, "INDEX", tmp_path / "index.json")
+    monkeypatch.setattr(sys, "argv", [str(script), str(shared_data / "gemma_scope_index.json")])
+    main()
+    assert (tmp_path / "index.json").read_text() == packaged.read_text()
+    output = capsys.readouterr().out
+    assert all(f"dropped: {source} contradicts" in output for source in WRONG_IDS)
+    assert output.splitlines()[-1].startswith("2482 files")
 
 
 def test_ids_that_contradict_their_file_are_left_out():

@@ -100,10 +100,15 @@ def _record(repo: str, commit: str) -> None:
     ref = _ref(repo)
     if ref.is_file() or not _COMMIT.fullmatch(commit):
         return
-    ref.parent.mkdir(parents=True, exist_ok=True)
     part = ref.with_name(f"{ref.name}.{os.getpid()}.part")
-    part.write_text(commit)
-    os.replace(part, ref)  # noqa: PTH105
+    try:
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(commit)
+        os.replace(part, ref)  # noqa: PTH105
+    except OSError as error:
+        # A cache that this process may only read takes no record, and owes none: nothing was downloaded.
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
 
 
 def _metadata(release: Release, revision: str) -> HfFileMetadata:

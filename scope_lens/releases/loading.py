@@ -22,7 +22,8 @@ from scope_lens.releases.index import from_path
 from scope_lens.releases.npz import read_npz
 from scope_lens.releases.release import Release
 from scope_lens.releases.sites import REPOS, activation_width, hooks_for, unknown
-from scope_lens.sae import HookedSAE, SpecialPosition
+from scope_lens.sae import HookedSAE
+from scope_lens.sae_config import SpecialPosition
 
 
 def load(

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from scope_lens.releases.release import FILE_NAME
-from scope_lens.sae import HookedSAE, SAEConfig, SpecialPosition
+from scope_lens.sae import HookedSAE
+from scope_lens.sae_config import SAEConfig, SpecialPosition
 
 ARRAYS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
 _LARGE = ("W_enc", "W_dec")
