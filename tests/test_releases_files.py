@@ -267,6 +267,15 @@ def test_activations_of_another_width_are_refused(tmp_path):
         load(from_path(REPO, PATH), local_dir=tmp_path)
 
 
+def test_a_transcoder_is_no_autoencoder(tmp_path):
+    file = write(tmp_path, arrays(12, 20, 16))
+    with pytest.raises(ValueError, match="reads d_in=12 and writes d_out=16, so it is a transcoder") as error:
+        read(file)
+    assert str(file) in str(error.value)
+    sae = read_npz(file, hook_in="blocks.0.ln2.hook_normalized", hook_out="blocks.0.hook_mlp_out")
+    assert sae(torch.zeros(3, 12)).shape == (3, 16)
+
+
 def _pickle_bytes() -> bytes:
     return pickle.dumps({name: array.tolist() for name, array in arrays().items()})
 

@@ -97,6 +97,11 @@ def read_npz(
     with _opened(source) as archive:
         headers = _headers(archive, source)
         sizes = _check_shapes(headers, source, width)
+        if hook_in == hook_out and sizes.d_in != sizes.d_out:
+            raise ValueError(
+                f"{source}: reads d_in={sizes.d_in} and writes d_out={sizes.d_out}, so it is a transcoder and no "
+                f"dictionary of {hook_in!r} alone; name another hook_out."
+            )
         state = {
             name: _fill(archive, name, header, device=device, dtype=dtype if name in _LARGE else exact)
             for name, header in headers.items()
