@@ -14,7 +14,7 @@ permanent hooks: `reset_hooks()` is for the user's.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
@@ -104,7 +104,8 @@ class Attachments:
         self._by_point: dict[HookPoint, Attachment] = {}
         self._readers: dict[HookPoint, _Reader] = {}
         self._forward = _Forward()
-        self._special: SpecialTokens | None = None
+        self._special = SpecialTokens((), (), (), ())
+        self._special_of: tuple[Any, Any] | None = None
         self._tokens_hook: OwnHook | None = None
         self._around_forward: tuple[torch.utils.hooks.RemovableHandle, ...] = ()
 
@@ -127,8 +128,7 @@ class Attachments:
                 f"reset_saes({other.hook_out!r}) first."
             )
         check_fits(bridge, sae, self.sites, self.folded_layers)
-        if self._special is None or not self._by_point:
-            self._special = special_token_ids(bridge)
+        self._know_special_tokens(bridge)
         if positions == "trained" and "chat_prefix" in sae.cfg.untrained:
             untrained_positions(torch.zeros(1, 1, dtype=torch.long), self._special, ("chat_prefix",))
 
@@ -167,7 +167,7 @@ class Attachments:
         self.attach(bridge, attachment.sae, use_error_term=attachment.use_error_term, positions=attachment.positions)
 
     @contextmanager
-    def set_aside(self, bridge: TransformerBridge) -> Iterator[None]:
+    def set_aside(self, bridge: TransformerBridge) -> Generator[None]:
         """Make every dictionary inert for a block of code; their hooks keep their place, their handles keep working."""
         kept = {attachment.writes: attachment for attachment in self}
         self._by_point = {}
@@ -180,6 +180,11 @@ class Attachments:
             self._forward = _Forward()
             if kept:
                 self._watch_forward(bridge)
+
+    def find(self, bridge: TransformerBridge, name: str) -> Attachment | None:
+        """What is attached at a site, by any of its names; None where nothing is."""
+        point = self.sites.find(bridge, name)
+        return None if point is None else self.at(point)
 
     def at(self, point: HookPoint) -> Attachment | None:
         """What is attached at a HookPoint, or None."""
@@ -243,7 +248,6 @@ class Attachments:
             return None
         forward = self._forward
         if kinds not in forward.untrained:
-            assert self._special is not None
             if forward.tokens is None:
                 raise ValueError(
                     f"The dictionary at {attachment.sae.cfg.hook_out!r} leaves the positions {kinds} alone, but this "
@@ -270,6 +274,12 @@ class Attachments:
         if not reader.hook.alive:
             reader.hook.add()
         reader.users += 1
+
+    def _know_special_tokens(self, bridge: TransformerBridge) -> None:
+        # Rendering a chat template takes a millisecond, which attaching for every forward pass would pay each time.
+        source = (bridge.tokenizer, getattr(bridge.tokenizer, "chat_template", None))
+        if self._special_of is None or self._special_of[0] is not source[0] or self._special_of[1] != source[1]:
+            self._special, self._special_of = special_token_ids(bridge), source
 
     def _watch_forward(self, bridge: TransformerBridge) -> None:
         if not self._around_forward:

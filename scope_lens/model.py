@@ -11,9 +11,8 @@ bridge and delegates to it (docs/decisions/0001). What it adds:
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +21,8 @@ from transformer_lens import ActivationCache, TransformerBridge
 from transformer_lens.hook_points import HookPoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from scope_lens.attachments import Attachment, Attachments, Positions, attachments_of
+from scope_lens.attached import Attached, SAEHandle
+from scope_lens.attachments import Attachment, Positions, attachments_of
 from scope_lens.boot import boot_from_hf, boot_from_pretrained
 from scope_lens.folding import fold_mlp_norm as _fold_mlp_norm
 from scope_lens.latent_hooks import LatentHooks
@@ -31,46 +31,6 @@ from scope_lens.sites import refuse_half_precision
 
 Saes = HookedSAE | Sequence[HookedSAE]
 NamedHook = tuple[str | Callable[[str], bool], Callable[..., Any]]
-
-
-@dataclass(frozen=True)
-class SAEHandle:
-    """What `add_sae` returns: takes its one dictionary out again.
-
-    Attributes:
-        sae: The attached dictionary.
-    """
-
-    sae: HookedSAE
-    _attachment: Attachment
-    _attachments: Attachments
-
-    def remove(self) -> None:
-        """Detach the dictionary; does nothing when it is detached already."""
-        self._attachments.detach(self._attachment)
-
-
-class Attached(Mapping[str, HookedSAE]):
-    """The attached dictionaries by `hook_out`; any other name of a site is accepted as key."""
-
-    def __init__(self, bridge: TransformerBridge) -> None:
-        self._bridge = bridge
-        self._attachments = attachments_of(bridge)
-
-    def __getitem__(self, name: str) -> HookedSAE:
-        found = self._attachments.at(self._attachments.sites.resolve(self._bridge, name))
-        if found is None:
-            raise KeyError(f"No dictionary is attached at {name!r}; attached are {list(self)}.")
-        return found.sae
-
-    def __iter__(self) -> Iterator[str]:
-        return (attachment.sae.cfg.hook_out for attachment in self._attachments)
-
-    def __len__(self) -> int:
-        return len(tuple(self._attachments))
-
-    def __repr__(self) -> str:
-        return f"Attached({list(self)})"
 
 
 class ScopeModel:
@@ -247,7 +207,7 @@ class ScopeModel:
             sites: One site or several, by any name; None detaches all.
 
         Raises:
-            KeyError: Nothing is attached at a site, or the model has no such hook; then nothing is detached.
+            KeyError: Nothing is attached at one of the sites; then nothing is detached.
         """
         attachments = attachments_of(self._bridge)
         if sites is None:
@@ -255,7 +215,7 @@ class ScopeModel:
         else:
             doomed: list[Attachment] = []
             for name in [sites] if isinstance(sites, str) else sites:
-                found = attachments.at(attachments.sites.resolve(self._bridge, name))
+                found = attachments.find(self._bridge, name)
                 if found is None:
                     raise KeyError(f"No dictionary is attached at {name!r}; attached are {list(self.attached)}.")
                 doomed.append(found)
@@ -403,16 +363,31 @@ class ScopeModel:
     def add_hook(
         self,
         name: str | Callable[[str], bool],
-        hook: Callable[..., Any],
+        hook_fn: Callable[..., Any],
         dir: Literal["fwd", "bwd"] = "fwd",  # noqa: A002
         is_permanent: bool = False,
     ) -> None:
         """Add a hook until `reset_hooks`; the name may be `<site>.hook_sae_*` of an attached dictionary."""
-        ours, theirs = self._latent_hooks.split([(name, hook)], [])
+        ours, theirs = self._latent_hooks.split([(name, hook_fn)], [])
         for spelled, point, fn, _ in ours:
             point.add_hook(fn, dir=dir, is_permanent=is_permanent, alias_names=[spelled])
         for spelled, fn in theirs["fwd"]:
             self._bridge.add_hook(spelled, fn, dir=dir, is_permanent=is_permanent)
+
+    def add_perma_hook(
+        self,
+        name: str | Callable[[str], bool],
+        hook_fn: Callable[..., Any],
+        dir: Literal["fwd", "bwd"] = "fwd",  # noqa: A002
+    ) -> None:
+        """Add a hook that `reset_hooks` leaves alone; names as in `add_hook`."""
+        self.add_hook(name, hook_fn, dir=dir, is_permanent=True)
+
+    def get_caching_hooks(
+        self, names_filter: str | Sequence[str] | Callable[[str], bool] | None = None, **kwargs: Any
+    ) -> tuple[dict[str, torch.Tensor], list[NamedHook], list[NamedHook]]:
+        """A cache and the hooks that fill it, for `hooks` or `run_with_hooks`; arguments as for the bridge."""
+        return self._latent_hooks.caching_hooks(names_filter, **kwargs)
 
     def reset_hooks(self, *args: Any, **kwargs: Any) -> None:
         """Remove user hooks from the model and from the attached dictionaries, which stay attached.

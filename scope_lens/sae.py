@@ -18,9 +18,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -31,9 +29,7 @@ from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
 from scope_lens.activations import batchtopk, jumprelu, relu, topk
-
-Activation = Literal["relu", "jumprelu", "topk", "batchtopk"]
-SpecialPosition = Literal["bos", "eos", "pad", "chat_prefix"]
+from scope_lens.sae_config import SAEConfig, parameter_shapes, read_config
 
 _HALF = (torch.bfloat16, torch.float16)
 # Below this share of active latents a gather of decoder rows beats the dense product on a CPU; measured in
@@ -41,76 +37,6 @@ _HALF = (torch.bfloat16, torch.float16)
 _SPARSE_DENSITY = 0.05
 _SPARSE_MIN_WIDTH = 512
 _DENSITY_SAMPLE = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class SAEConfig:
-    """What a dictionary is and where it attaches.
-
-    Attributes:
-        d_in: Width of the activation the encoder reads.
-        d_out: Width of the activation the decoder writes.
-        d_sae: Number of latents.
-        hook_in: Hook name the encoder reads, canonical or alias.
-        hook_out: Hook name the decoder writes; equal to `hook_in` for an autoencoder.
-        activation: Activation function.
-        k: Latents kept (each row for `topk`, on average for `batchtopk`); None for the others.
-        skip: Whether an affine skip term `x @ W_skip` is added to the reconstruction.
-        pre_encoder_bias: Training form of an autoencoder, `pre = (x - b_dec) @ W_enc + b_enc`.
-        model: Hugging Face id of the language model, e.g. "google/gemma-2-2b".
-        release: Repository the weights came from.
-        path: Path inside that repository.
-        untrained: Kinds of position the dictionary never saw; they are passed through by a splice.
-
-    Raises:
-        ValueError: Fields that contradict each other.
-    """
-
-    d_in: int
-    d_out: int
-    d_sae: int
-    hook_in: str
-    hook_out: str
-    activation: Activation = "jumprelu"
-    k: int | None = None
-    skip: bool = False
-    pre_encoder_bias: bool = False
-    model: str = ""
-    release: str = ""
-    path: str = ""
-    untrained: tuple[SpecialPosition, ...] = ("bos", "eos", "pad")
-
-    def __post_init__(self) -> None:
-        for name in ("d_in", "d_out", "d_sae"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"SAEConfig.{name} is {getattr(self, name)}; it must be at least 1.")
-        if not self.hook_in or not self.hook_out:
-            raise ValueError(f"SAEConfig needs both hook names; found {self.hook_in=} and {self.hook_out=}.")
-        if self.activation not in get_args(Activation):
-            raise ValueError(f"SAEConfig.activation is {self.activation!r}; expected one of {get_args(Activation)}.")
-        needs_k = self.activation in ("topk", "batchtopk")
-        if needs_k and (self.k is None or not 1 <= self.k <= self.d_sae):
-            raise ValueError(f"{self.activation} keeps k latents, 1 <= k <= d_sae={self.d_sae}; found k={self.k}.")
-        if not needs_k and self.k is not None:
-            raise ValueError(f"k={self.k} has no meaning for activation {self.activation!r}; leave it None.")
-        unknown = set(self.untrained) - set(get_args(SpecialPosition))
-        if unknown:
-            raise ValueError(f"SAEConfig.untrained holds {sorted(unknown)}; known are {get_args(SpecialPosition)}.")
-        if self.is_autoencoder and self.d_in != self.d_out:
-            raise ValueError(
-                f"An autoencoder reads and writes {self.hook_in!r}, so d_in must equal d_out; "
-                f"found d_in={self.d_in}, d_out={self.d_out}. A transcoder names another hook_out."
-            )
-        if self.pre_encoder_bias and not self.is_autoencoder:
-            raise ValueError(
-                "pre_encoder_bias subtracts b_dec from the encoder's input, which a transcoder "
-                f"({self.hook_in!r} -> {self.hook_out!r}) must not do (Gemma Scope, Appendix B)."
-            )
-
-    @property
-    def is_autoencoder(self) -> bool:
-        """Whether the dictionary writes where it reads."""
-        return self.hook_in == self.hook_out
 
 
 class HookedSAE(HookedRootModule):
@@ -344,7 +270,7 @@ class HookedSAE(HookedRootModule):
             ValueError: A file is truncated, or does not hold what the config says.
         """
         folder = Path(folder)
-        cfg = _read_config(folder / "config.json")
+        cfg = read_config(folder / "config.json")
         weights = folder / "sae.safetensors"
         if not weights.is_file():
             raise FileNotFoundError(f"{weights} is missing; a saved HookedSAE has config.json and sae.safetensors.")
@@ -417,21 +343,6 @@ class HookedSAE(HookedRootModule):
         )
 
 
-def parameter_shapes(cfg: SAEConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter a dictionary of this config has."""
-    shapes: dict[str, tuple[int, ...]] = {
-        "W_enc": (cfg.d_in, cfg.d_sae),
-        "b_enc": (cfg.d_sae,),
-        "W_dec": (cfg.d_sae, cfg.d_out),
-        "b_dec": (cfg.d_out,),
-    }
-    if cfg.activation == "jumprelu":
-        shapes["threshold"] = (cfg.d_sae,)
-    if cfg.skip:
-        shapes["W_skip"] = (cfg.d_in, cfg.d_out)
-    return shapes
-
-
 def _gather_rows(acts: Float[Tensor, "*batch d_sae"], weight: Float[Tensor, "d_sae d_out"]) -> Tensor:
     """`acts @ weight` by summing the weighted rows of the active latents."""
     flat = acts.reshape(-1, acts.shape[-1])
@@ -450,14 +361,3 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 def _part(path: Path) -> Path:
     return path.with_name(path.name + ".part")
-
-
-def _read_config(path: Path) -> SAEConfig:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; a saved HookedSAE has config.json and sae.safetensors.")
-    try:
-        fields: dict[str, Any] = json.loads(path.read_text())
-        fields["untrained"] = tuple(fields["untrained"])
-        return SAEConfig(**fields)
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is no config of a HookedSAE ({type(error).__name__}: {error}).") from None

@@ -42,9 +42,7 @@ class Sites:
                 "earlier versions it was the MLP's input, and it does not fire by default. Gemma Scope's transcoders "
                 "read 'blocks.L.ln2.hook_normalized' (no gain), Gemma Scope 2's 'blocks.L.ln2.hook_out' (with gain)."
             )
-        if name not in self._points:
-            self._refresh(bridge)
-        point = self._points.get(name)
+        point = self.find(bridge, name)
         if point is None:
             close = difflib.get_close_matches(name, self._points, n=3, cutoff=0.6)
             raise KeyError(
@@ -55,6 +53,12 @@ class Sites:
         except ValueError as error:
             raise ValueError(f"{name!r} does not fire on this model as it is set: {error}") from None
         return point
+
+    def find(self, bridge: TransformerBridge, name: str) -> HookPoint | None:
+        """The HookPoint that `name` means, whether or not something may attach there; None for an unknown name."""
+        if name not in self._points:
+            self._refresh(bridge)
+        return self._points.get(name)
 
     def names(self, point: HookPoint) -> tuple[str, ...]:
         """Every name of a HookPoint."""

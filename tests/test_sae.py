@@ -179,7 +179,9 @@ def test_to_inference_refuses_a_scale_that_is_none(random_sae, scale):
 
 
 def test_save_and_load_round_trip(random_sae, tmp_path):
-    sae = random_sae("a", "b", d_in=24, d_out=31, skip=True, model="google/gemma-2-2b", untrained=("bos", "chat_prefix"))
+    sae = random_sae(
+        "a", "b", d_in=24, d_out=31, skip=True, model="google/gemma-2-2b", untrained=("bos", "chat_prefix")
+    )
     sae.save(tmp_path / "deep" / "folder")
     loaded = HookedSAE.load(tmp_path / "deep" / "folder")
     assert loaded.cfg == sae.cfg
@@ -267,7 +269,9 @@ for wrong in ({{"activation": "gelu"}}, {{"untrained": ("bos", "eod")}}):
     except ValueError as error:
         print(error)
 """
-    lines = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.splitlines()
+    lines = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     assert lines[0].startswith("SAEConfig.activation is 'gelu'; expected one of ('relu',")
     assert lines[1].startswith("SAEConfig.untrained holds ['eod']; known are")
 

@@ -230,7 +230,9 @@ def test_every_spelling_of_a_site_names_its_hook_points(model, saes, tokens, nam
     seen.clear()
     with model.hooks([(lambda n: "hook_sae_acts" in n, lambda t, hook: seen.append(hook.name))]):
         model(tokens)
-    assert seen == [f"{MLP}.hook_sae_acts_pre", f"{MLP}.hook_sae_acts_post"], "once a point, under the config's spelling"
+    assert seen == [f"{MLP}.hook_sae_acts_pre", f"{MLP}.hook_sae_acts_post"], (
+        "once a point, under the config's spelling"
+    )
     assert model.hook_dict[f"{name}.hook_sae_error"] is sae.hook_sae_error
 
 
@@ -265,6 +267,21 @@ def test_cache_options_reach_the_dictionaries(model, saes, tokens):
         tokens[:1], fwd_hooks=[(name, lambda t, hook: squeezed.append(t.shape))], remove_batch_dim=True
     )
     assert squeezed == [(14, 96)]
+
+
+def test_caching_hooks_and_permanent_hooks_know_the_dictionaries(model, saes, tokens):
+    model.add_sae(saes[0])
+    name = f"{RES}.hook_sae_acts_post"
+    cache, fwd, bwd = model.get_caching_hooks([name, RES])
+    with model.hooks(fwd, bwd):
+        model(tokens)
+    _, want = model.run_with_cache(tokens, names_filter=[name, RES])
+    assert set(cache) == set(want.cache_dict)
+    assert torch.equal(cache[name], want[name])
+    model.add_perma_hook(name, lambda t, hook: 0 * t)
+    model.reset_hooks()
+    _, silent = model.run_with_cache(tokens, names_filter=f"{RES}.hook_sae_recons")
+    assert torch.equal(silent[f"{RES}.hook_sae_recons"], saes[0].b_dec.expand(2, 14, 48))
 
 
 def test_gradients_are_cached_for_dictionaries(gemma2, random_sae, tokens):
@@ -391,7 +408,9 @@ def test_generate_agrees_with_and_without_the_kv_cache(model, saes, tokens, use_
     prompt = torch.cat([tokens[:1, :6], torch.tensor([[1, 2]]), tokens[:1, 6:]], dim=1)
 
     def generate(kv):
-        return model.generate(prompt, max_new_tokens=10, do_sample=False, verbose=False, use_past_kv_cache=kv, stop_at_eos=False)
+        return model.generate(
+            prompt, max_new_tokens=10, do_sample=False, verbose=False, use_past_kv_cache=kv, stop_at_eos=False
+        )
 
     clean = generate(True)
     with model.saes(saes, use_error_term=use_error_term):
@@ -457,7 +476,12 @@ def test_the_stream_keeps_its_dtype(hf_model, saes, tokens):
 
 def test_what_cannot_attach_is_refused_with_the_reason(model, random_sae, gemma2):
     cases = [
-        (KeyError, "no hook point 'blocks.0.hook_resid_psot'.*blocks.0.hook_resid_post", "blocks.0.hook_resid_psot", 48),
+        (
+            KeyError,
+            "no hook point 'blocks.0.hook_resid_psot'.*blocks.0.hook_resid_post",
+            "blocks.0.hook_resid_psot",
+            48,
+        ),
         (KeyError, "no hook point", "blocks.9.hook_resid_post", 48),
         (ValueError, "'blocks.0.hook_mlp_in' is refused.*ln2.hook_normalized", "blocks.0.hook_mlp_in", 48),
         (ValueError, "does not fire on this model.*use_attn_result", "blocks.0.attn.hook_result", 48),
@@ -473,8 +497,10 @@ def test_what_cannot_attach_is_refused_with_the_reason(model, random_sae, gemma2
         model.add_sae(random_sae(RES, d_in=48).to("meta"))
     with pytest.raises(KeyError, match="No dictionary is attached at"):
         model.reset_saes(RES)
-    with pytest.raises(KeyError, match="No dictionary is attached at"):
-        model.attached[RES]
+    for name in (RES, "blocks.0.hook_mlp_in", "no.such.hook"):
+        assert name not in model.attached
+        with pytest.raises(KeyError, match="No dictionary is attached at"):
+            model.attached[name]
     assert hooks_on(model) == {}
 
 
@@ -509,4 +535,4 @@ def test_from_pretrained_reads_a_local_folder(shared_data, tokens):
     model = ScopeModel.from_pretrained(shared_data / "tiny-gemma2-stories", device="cpu")
     assert model.to_tokens("Once upon a time").shape[0] == 1
     loss = model("Once upon a time, there was a little girl named Lily.", return_type="loss")
-    assert 0 < float(loss) < 3
+    assert 0 < loss.item() < 3

@@ -38,7 +38,9 @@ def ids_of(subject) -> SpecialTokens:
 
 def test_ids_come_from_the_tokenizer_then_from_the_config(gemma_tokenizer):
     assert ids_of(bridge(gemma_tokenizer, bos_token_id=50)) == SpecialTokens((2,), (1,), (0,), PREFIX)
-    assert ids_of(bridge(bos_token_id=5, eos_token_id=[1, 107], pad_token_id=None)) == SpecialTokens((5,), (1, 107), (), ())
+    assert ids_of(bridge(bos_token_id=5, eos_token_id=[1, 107], pad_token_id=None)) == SpecialTokens(
+        (5,), (1, 107), (), ()
+    )
     nested = SimpleNamespace(bos_token_id=7, eos_token_id=8, pad_token_id=9)
     assert ids_of(bridge(text_config=nested)) == SpecialTokens((7,), (8,), (9,), ())
 

@@ -92,7 +92,10 @@ def test_fold_mlp_norm_keeps_logits_and_empties_the_gain(hf_model, tokens, archi
         for name in ("ln1", "ln2_post"):
             if f"blocks.{layer}.{name}.hook_out" in cache:
                 torch.testing.assert_close(
-                    folded[f"blocks.{layer}.{name}.hook_out"], cache[f"blocks.{layer}.{name}.hook_out"], atol=1e-4, rtol=1e-4
+                    folded[f"blocks.{layer}.{name}.hook_out"],
+                    cache[f"blocks.{layer}.{name}.hook_out"],
+                    atol=1e-4,
+                    rtol=1e-4,
                 )
 
 
