@@ -7,7 +7,7 @@ and a transcoder, of 1,024 latents each. All of it is in the installed package, 
     saes = scope_lens.demo.load_saes(sites="res")
     model.run_with_saes(scope_lens.demo.text()[0], saes=saes)
 
-`NOTICE.md` in this folder says where the weights and the text come from. `tests/scripts/build_demo_suite.py` makes them.
+`NOTICE.md` says where the weights and the text come from; `tests/scripts/build_demo_suite.py` makes the suite.
 """
 
 from collections.abc import Sequence

@@ -5,9 +5,10 @@ in four settings, because 4 billion tokens are not at hand:
 
 1. The threshold is trained directly. Under Adam, log(threshold) moves by at most the learning rate a step; from 0.001
    to 0.1 at 7e-5 takes more than 65,000 steps.
-2. The learning rate is larger and falls linearly to zero over the last part of the run.
+2. The learning rate is a hundred times larger and falls linearly to zero over the last third of the run.
 3. Both warm-ups are shorter.
-4. The estimator's window is wider: a batch of a thousand rows puts too few of them into the published one.
+4. The estimator's window is wider and batches are smaller: more updates from the same rows, each with enough rows in
+   the window.
 """
 
 import math
@@ -129,7 +130,7 @@ class TrainConfig:
             sparsity=sparsity,
             steps=steps,
             batch_size=1024,
-            learning_rate=1e-3,
+            learning_rate=8e-3,
             lr_warmup=min(100, steps // 10),
             lr_decay=steps // 3,
             sparsity_warmup=steps // 4,

@@ -58,16 +58,16 @@ class Learner:
             self.parameters.values(), lr=cfg.learning_rate, betas=cfg.betas, eps=cfg.adam_eps, fused=True
         )
         self.last_fired = torch.zeros(cfg.width, dtype=torch.int64)
+        self.step = 0  # updates made
 
     def threshold(self) -> Float[Tensor, " d_sae"]:
         """Give the thresholds, differentiable in what Adam sees of them."""
         return self.theta.exp() if self.cfg.threshold == "log" else self.theta
 
-    def update(self, step: int, x: Float[Tensor, "batch d_in"], y: Float[Tensor, "batch d_out"]) -> LossParts:
+    def update(self, x: Float[Tensor, "batch d_in"], y: Float[Tensor, "batch d_out"]) -> LossParts:
         """Make one update on rows of raw activations, and give the loss before it.
 
         Args:
-            step: Number of updates made so far.
             x: Encoder inputs.
             y: Targets; the same tensor for an autoencoder.
         """
@@ -76,24 +76,24 @@ class Learner:
             self.sae,
             (x / self.scale, y / self.scale),
             threshold=self.threshold(),
-            sparsity=self.cfg.sparsity_at(step),
+            sparsity=self.cfg.sparsity_at(self.step),
             bandwidth=self.cfg.bandwidth,
         )
         parts.loss.backward()
         with torch.no_grad():
             project_out_rows(self.sae.W_dec)
-            self.adam.param_groups[0]["lr"] = self.cfg.learning_rate_at(step)
+            self.adam.param_groups[0]["lr"] = self.cfg.learning_rate_at(self.step)
             self.adam.step()
             normalise_rows(self.sae.W_dec)
             if self.cfg.threshold == "direct":
                 self.theta.clamp_(min=0)  # JumpReLU is defined for thresholds that are not negative
-            fired = (parts.acts > 0).any(0)
-            self.last_fired[fired] = (step + 1) * self.cfg.batch_size
+            self.step += 1
+            self.last_fired[(parts.acts > 0).any(0)] = self.step * self.cfg.batch_size
         return parts
 
-    def dead(self, step: int) -> float:
-        """Give the fraction of latents that did not fire in the last `dead_after` rows, after `step` updates."""
-        silent = step * self.cfg.batch_size - self.last_fired
+    def dead(self) -> float:
+        """Give the fraction of latents that did not fire in the last `dead_after` rows."""
+        silent = self.step * self.cfg.batch_size - self.last_fired
         return float((silent >= self.cfg.dead_after).double().mean())
 
     def result(self) -> HookedSAE:
@@ -109,7 +109,7 @@ class Learner:
         for name, parameter in self.parameters.items():
             for key, value in self.adam.state[parameter].items():
                 tensors[f"adam.{name}.{key}"] = value
-        return tensors | {"last_fired": self.last_fired}
+        return tensors | {"last_fired": self.last_fired, "step": torch.tensor(self.step)}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take up the state that another learner of the same settings gave.
@@ -126,6 +126,7 @@ class Learner:
                 keys = [key for key in state if key.startswith(f"adam.{name}.")]
                 self.adam.state[parameter] = {key.rsplit(".", 1)[1]: state[key].clone() for key in keys}
             self.last_fired = state["last_fired"].clone()
+            self.step = int(state["step"])
 
 
 @torch.no_grad()

@@ -139,7 +139,8 @@ class Trainer:
         with tqdm(total=total, initial=self.step, desc="train", unit="step", disable=not progress) as bar:
             while self.step < total:
                 for index, learner in enumerate(self._learners):
-                    if self.step < learner.cfg.steps:
+                    # A loop broken off between two dictionaries goes on with the second.
+                    if learner.step == self.step < learner.cfg.steps:
                         yield self._update(index, learner, reader)
                 self.step += 1
                 bar.update()
@@ -184,17 +185,17 @@ class Trainer:
 
     def _update(self, index: int, learner: Learner, reader: "_Reader") -> StepResult:
         start = time.perf_counter()
-        batch = reader.batch(learner.cfg, self.step)
+        batch = reader.batch(learner.cfg, learner.step)
         x, y = batch[0], batch[-1]
-        parts = learner.update(self.step, x, y)
+        parts = learner.update(x, y)
         spread = (y - y.mean(0)).pow(2).sum(-1).mean() / learner.scale**2
         result = StepResult(
             index=index,
-            step=self.step + 1,
+            step=learner.step,
             loss=parts.loss.item(),
             fvu=(parts.squared_error / spread).item(),
             l0=parts.l0.item(),
-            dead=learner.dead(self.step + 1),
+            dead=learner.dead(),
             tokens_per_second=len(x) / (time.perf_counter() - start),
         )
         if result.loss != result.loss:
