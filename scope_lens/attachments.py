@@ -117,11 +117,11 @@ class Attachments:
         """Splice `sae` in at its site from now on; see `ScopeModel.add_sae` for what is refused."""
         if positions not in ("trained", "all"):
             raise ValueError(f"positions is {positions!r}; expected 'trained' or 'all'.")
-        self._drop_dead()
         reads = self.sites.resolve(bridge, sae.cfg.hook_in)
         writes = self.sites.resolve(bridge, sae.cfg.hook_out)
-        if writes in self._by_point:
-            other = self._by_point[writes].sae.cfg
+        occupant = self.at(writes)
+        if occupant is not None:
+            other = occupant.sae.cfg
             raise ValueError(
                 f"{sae.cfg.hook_out!r} is written by a dictionary already ({other.release or 'unnamed'} {other.path}, "
                 f"attached as {other.hook_out!r}); two cannot write one site. Call "
@@ -188,17 +188,14 @@ class Attachments:
 
     def at(self, point: HookPoint) -> Attachment | None:
         """What is attached at a HookPoint, or None."""
-        self._drop_dead()
-        return self._by_point.get(point)
+        found = self._by_point.get(point)
+        if found is not None and not found.hook.alive:
+            self.detach(found)
+            return None
+        return found
 
     def __iter__(self) -> Iterator[Attachment]:
-        self._drop_dead()
-        return iter(tuple(self._by_point.values()))
-
-    def _drop_dead(self) -> None:
-        for attachment in tuple(self._by_point.values()):
-            if not attachment.hook.alive:
-                self.detach(attachment)
+        return iter([found for point in tuple(self._by_point) if (found := self.at(point)) is not None])
 
     def deepcopy_bridge(self, bridge: TransformerBridge, memo: dict[int, Any]) -> TransformerBridge:
         """Copy the bridge without what is attached: hooks are closures, and a copy of one would still splice here."""
