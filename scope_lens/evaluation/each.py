@@ -1,0 +1,136 @@
+"""Many dictionaries, each evaluated by itself, with a file that grows as they finish.
+
+1. The tokens are made once; their hash and the settings say which run a file belongs to.
+2. What the file has is given back; what it lacks is evaluated.
+3. After each dictionary the file is written again, whole. A killed run goes on where it stopped.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from scope_lens.attachments import Positions
+from scope_lens.evaluation.fidelity import Ablation, evaluate
+from scope_lens.evaluation.result import EvalResult, EvaluationInterrupted
+from scope_lens.evaluation.tokens import Tokens, rows_hash, token_rows
+from scope_lens.model import ScopeModel
+from scope_lens.sae import HookedSAE
+
+
+class Named(NamedTuple):
+    """One dictionary's result.
+
+    Attributes:
+        name: The dictionary, as it was asked for.
+        result: Its evaluation.
+    """
+
+    name: str
+    result: EvalResult
+
+
+def evaluate_each(
+    model: ScopeModel,
+    tokens: Tokens,
+    *,
+    saes: Mapping[str, HookedSAE | Callable[[], HookedSAE]],
+    path: Path | None = None,
+    batch_size: int = 8,
+    context: int = 1024,
+    positions: Positions = "trained",
+    ablation: Ablation = "mean",
+    progress: bool = True,
+) -> Iterator[Named]:
+    """Evaluate dictionaries one after the other, by themselves.
+
+    Args:
+        model: The language model.
+        tokens: As for `evaluate`.
+        saes: Dictionaries by name, or functions that load them, so that only one is in memory.
+        path: JSON file of the results. What it holds of this run is not computed again.
+        batch_size: As for `evaluate`.
+        context: As for `evaluate`.
+        positions: As for `evaluate`.
+        ablation: As for `evaluate`.
+        progress: Whether to show progress bars.
+
+    Yields:
+        Results in the order of `saes`, each after it is in the file.
+
+    Raises:
+        ValueError: No dictionaries; a file of another run; what `evaluate` refuses.
+        EvaluationInterrupted: Ctrl-C; what was measured of the dictionary at work is in the file, marked incomplete,
+            and is measured again by the next run.
+    """
+    if not saes:
+        raise ValueError("evaluate_each needs at least one dictionary: saes is empty.")
+    rows = token_rows(model, tokens, context=context)
+    run = {
+        "model": str(model.model.cfg.model_name),
+        "dtype": str(next(iter(model.model.parameters())).dtype).removeprefix("torch."),
+        "tokens_hash": rows_hash(rows),
+        "positions": positions,
+        "ablation": ablation,
+    }
+    results = {} if path is None or not path.exists() else read_results(path, run=run)
+    for name in tqdm(saes, desc="dictionaries", unit="dictionary", disable=not progress or len(saes) == 1):
+        if name not in results or not results[name].settings["complete"]:
+            given = saes[name]
+            try:
+                results[name] = evaluate(
+                    model,
+                    rows,
+                    saes=given if isinstance(given, HookedSAE) else given(),
+                    batch_size=batch_size,
+                    positions=positions,
+                    ablation=ablation,
+                    progress=progress,
+                )
+            except EvaluationInterrupted as interrupted:
+                results[name] = interrupted.result
+                raise
+            finally:
+                if path is not None and results:
+                    write_results(path, results, run=run)
+        yield Named(name, results[name])
+
+
+def read_results(path: Path, *, run: Mapping[str, str] | None = None) -> dict[str, EvalResult]:
+    """Read a file of `evaluate_each`.
+
+    Args:
+        path: The file.
+        run: The run it has to be of; None takes any.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no such file, or of another run.
+    """
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, str] = content["run"]
+        results = {name: EvalResult.from_json(json.dumps(fields)) for name, fields in content["results"].items()}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is no file of results ({type(error).__name__}: {error}). Give another name, or remove it."
+        ) from None
+    if run is not None and found != dict(run):
+        differing = "; ".join(
+            f"{key} {found.get(key)!r}, now {run[key]!r}" for key in run if found.get(key) != run[key]
+        )
+        raise ValueError(f"{path} holds the results of another run: {differing}. Give another name, or remove it.")
+    return results
+
+
+def write_results(path: Path, results: Mapping[str, EvalResult], *, run: Mapping[str, str]) -> None:
+    """Write a file of `evaluate_each`, whole or not at all."""
+    content = {"run": dict(run), "results": {name: json.loads(result.to_json()) for name, result in results.items()}}
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
