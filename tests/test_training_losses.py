@@ -84,9 +84,7 @@ def test_the_loss_and_every_gradient_follow_the_equations(kind):
 def test_a_log_threshold_gets_the_chain_factor_theta():
     sae, x, y = dictionary("autoencoder")
     log_theta = sae.threshold.detach().log().requires_grad_()
-    jumprelu_loss(
-        sae, (x, y), threshold=log_theta.exp(), sparsity=SPARSITY, bandwidth=BANDWIDTH
-    ).loss.backward()
+    jumprelu_loss(sae, (x, y), threshold=log_theta.exp(), sparsity=SPARSITY, bandwidth=BANDWIDTH).loss.backward()
     expected = by_hand(sae, x, y)[3]["threshold"] * sae.threshold.detach().numpy()
     np.testing.assert_allclose(log_theta.grad.numpy(), expected, rtol=1e-10)
 

@@ -34,6 +34,7 @@ def test_the_published_recipe_has_the_published_numbers():
     assert (cfg.learning_rate, cfg.lr_warmup, cfg.lr_decay, cfg.sparsity_warmup) == (7e-5, 1000, 0, 10_000)
     assert (cfg.betas, cfg.adam_eps, cfg.batch_size) == ((0.0, 0.999), 1e-8, 4096)
     assert (cfg.bandwidth, cfg.threshold_init, cfg.threshold) == (0.001, 0.001, "log")
+    assert TrainConfig.gemma_scope(site="transcoder", layer=3, width="16k", sparsity=6e-4) == cfg
     tokens = {width: 4096 * TrainConfig.gemma_scope(site="res", layer=0, width=width, sparsity=1e-3).steps
               for width in (2**14, 2**16, 2**20)}  # fmt: skip
     assert [round(n / 1e9, 3) for n in tokens.values()] == [4, 8, 16]

@@ -108,7 +108,9 @@ def test_a_pass_is_shuffled_complete_and_repeatable(model, tokens):
 
 
 def test_rows_bounds_the_sample(model, tokens):
-    everything = {tuple(row) for (x,) in harvest(model, tokens, sites=[RES]).batches(RES, size=50) for row in x.tolist()}
+    everything = {
+        tuple(row) for (x,) in harvest(model, tokens, sites=[RES]).batches(RES, size=50) for row in x.tolist()
+    }
     store = harvest(model, tokens, sites=[RES], rows=30)
     (sample,) = next(store.batches(RES, size=99))
     assert len(sample) == store.rows == 30
@@ -185,6 +187,11 @@ def test_a_finished_folder_is_opened_again_or_refused(model, tokens, tmp_path):
     assert harvest(model, tokens, path=tmp_path / "store").manifest == store.manifest
     with pytest.raises(ValueError, match="another harvest"):
         harvest(model, tokens, path=tmp_path / "store", seed=3)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        next(iter(other.parameters())).mul_(1.01)
+    with pytest.raises(ValueError, match="another harvest"):
+        harvest(other, tokens, path=tmp_path / "store")
     with pytest.raises(FileExistsError, match="resume is off"):
         harvest(model, tokens, path=tmp_path / "store", resume=False)
 
@@ -198,6 +205,8 @@ def test_bad_requests_are_refused(model, tokens, tmp_path):
         harvest(model, torch.full((3, 4), BOS))
     with pytest.raises(ValueError, match="no activation to harvest"):
         harvest(model, tokens, rows=0)
+    with pytest.raises(ValueError, match=r"at most 128 positions.*found \(10, 132\)"):
+        harvest(model, tokens.repeat(1, 11))
     with pytest.raises(ValueError, match=r"dtype=torch\.float64"):
         harvest(model, tokens, dtype=torch.float64)
     with pytest.raises(ValueError, match="token ids instead of text"):

@@ -179,7 +179,7 @@ def test_bad_requests_are_refused(store, tmp_path):
         finish(Trainer(TRANSCODER), store_of(100, a=torch.randn(100, 8)))
     with pytest.raises(ValueError, match="3 rows, fewer than a batch of 16"):
         finish(Trainer(CFG), store_of(3, a=torch.randn(3, 8)))
-    with pytest.raises(ValueError, match="not a number at step 1"):
+    with pytest.raises(ValueError, match="is nan at step 1; lower the learning rate"):
         finish(Trainer(CFG), store_of(20, a=torch.full((20, 8), torch.nan)))
     with pytest.raises(FileNotFoundError, match="checkpoint.safetensors is missing"):
         Trainer.resume(tmp_path)
@@ -187,8 +187,10 @@ def test_bad_requests_are_refused(store, tmp_path):
     finish(trainer, store)
     with pytest.raises(FileExistsError, match=r"Trainer\.resume"):
         Trainer(CFG, folder=tmp_path)
-    with pytest.raises(ValueError, match="began on another store"):
+    with pytest.raises(ValueError, match="began on another store.*'other' with widths"):
         finish(Trainer.resume(tmp_path), store_of(100, "other", a=torch.randn(100, 8)))
+    with pytest.raises(ValueError, match=r"widths \(8, 8\).*widths \(9, 9\)"):
+        finish(Trainer.resume(tmp_path), store_of(100, a=torch.randn(100, 9)))
 
 
 @pytest.mark.parametrize("damage", ["cut", "foreign", "empty"])

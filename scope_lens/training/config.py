@@ -15,6 +15,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from scope_lens.releases.release import parse_width
 from scope_lens.releases.sites import Site, hooks_for
 
 
@@ -74,7 +75,7 @@ class TrainConfig:
             raise ValueError(f"TrainConfig.lr_decay is {self.lr_decay}, more than the run's {self.steps} steps.")
 
     @classmethod
-    def gemma_scope(cls, *, site: Site, layer: int, width: int, sparsity: float, seed: int = 0) -> "TrainConfig":
+    def gemma_scope(cls, *, site: Site, layer: int, width: int | str, sparsity: float, seed: int = 0) -> "TrainConfig":
         """Give the published recipe, its 4, 8 or 16 billion tokens included.
 
         The text does not say whether the threshold or its logarithm is trained; the logarithm is the choice of the
@@ -83,22 +84,22 @@ class TrainConfig:
         Args:
             site: Kind of site.
             layer: Layer of the language model.
-            width: Number of latents.
+            width: Number of latents, or a name such as "16k".
             sparsity: Coefficient of L0.
             seed: Of the initialisation and of the order of the rows.
 
         Raises:
-            KeyError: An unknown site.
+            KeyError: An unknown site or width.
             ValueError: A setting outside its range.
 
         Source: Gemma Scope, sections 3.1 and 3.2, Table 1.
         """
         hook_in, hook_out = hooks_for(site, layer)
-        tokens = {2**14: 4e9, 2**20: 16e9}.get(width, 8e9)
+        tokens = {2**14: 4e9, 2**20: 16e9}.get(parse_width(width), 8e9)
         return cls(
             hook_in=hook_in,
             hook_out=hook_out,
-            width=width,
+            width=parse_width(width),
             sparsity=sparsity,
             steps=math.ceil(tokens / 4096),
             seed=seed,
@@ -106,27 +107,27 @@ class TrainConfig:
 
     @classmethod
     def short_run(
-        cls, *, site: Site, layer: int, width: int, sparsity: float, steps: int = 4_000, seed: int = 0
+        cls, *, site: Site, layer: int, width: int | str, sparsity: float, steps: int = 4_000, seed: int = 0
     ) -> "TrainConfig":
         """Give a recipe for a few million rows: the same loss, with the four departures of the module docstring.
 
         Args:
             site: Kind of site.
             layer: Layer of the language model.
-            width: Number of latents.
+            width: Number of latents, or a name such as "16k".
             sparsity: Coefficient of L0.
             steps: Updates.
             seed: Of the initialisation and of the order of the rows.
 
         Raises:
-            KeyError: An unknown site.
+            KeyError: An unknown site or width.
             ValueError: A setting outside its range.
         """
         hook_in, hook_out = hooks_for(site, layer)
         return cls(
             hook_in=hook_in,
             hook_out=hook_out,
-            width=width,
+            width=parse_width(width),
             sparsity=sparsity,
             steps=steps,
             batch_size=1024,

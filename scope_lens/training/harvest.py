@@ -37,7 +37,7 @@ class HarvestPlan:
         widths: Each site's width, flattened over heads.
         pad: Ids of padding tokens.
         rows: Number of rows.
-        fingerprint: Hash of the tokens and the settings.
+        fingerprint: Hash of the tokens, the settings and the model.
     """
 
     model: ScopeModel
@@ -63,7 +63,7 @@ class HarvestPlan:
 
         Raises:
             KeyError: The model has no such hook.
-            ValueError: No site, no row to keep, or a site that does not fire.
+            ValueError: No site, no row to keep, a site that does not fire, or token ids of a wrong shape.
         """
         if not sites or len(set(sites)) != len(sites):
             raise ValueError(f"A harvest needs one or more sites, each named once; found {list(sites)}.")
@@ -76,6 +76,11 @@ class HarvestPlan:
             tokens = text_or_tokens.cpu().long()
         else:
             tokens = _pack(model, text_or_tokens, special.bos)
+        if tokens.ndim != 2 or tokens.shape[1] > bridge.cfg.n_ctx:
+            raise ValueError(
+                f"Token ids have the shape (seq, pos), with at most {bridge.cfg.n_ctx} positions for this model; found "
+                f"{tuple(tokens.shape)}."
+            )
         counted = ~untrained_positions(tokens, special, ("bos", "eos", "pad"))
         positions = counted.flatten().nonzero().flatten()
         order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(seed))[:rows]
@@ -87,7 +92,11 @@ class HarvestPlan:
         row_of = torch.full((tokens.numel(),), -1)
         row_of[positions[order.sort().values]] = torch.arange(len(order))
         name = str(bridge.cfg.model_name)
-        settings = f"{name} {tuple(tokens.shape)} {list(sites)} {rows} {seed}"
+        settings = f"{name} {list(model.attached)} {tuple(tokens.shape)} {list(sites)} {rows} {seed}"
+        fingerprint = hashlib.sha256(settings.encode() + tokens.numpy().tobytes())
+        # The first weights of each parameter tell one checkpoint of a model from another.
+        for parameter in bridge.parameters():
+            fingerprint.update(parameter.detach().flatten()[:64].cpu().float().numpy().tobytes())
         caught = _activations(model, tokens[:1, :2], sites=sites, pad=special.pad)
         return cls(
             model=model,
@@ -97,7 +106,7 @@ class HarvestPlan:
             widths={site: rows.shape[-1] for site, rows in caught.items()},
             pad=special.pad,
             rows=len(order),
-            fingerprint=hashlib.sha256(settings.encode() + tokens.numpy().tobytes()).hexdigest(),
+            fingerprint=fingerprint.hexdigest(),
         )
 
 

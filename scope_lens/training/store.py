@@ -46,7 +46,7 @@ class StoreManifest:
         mean_square_norms: Mean of ||x||^2 over the rows of each site.
         rows: Number of rows.
         dtype: Dtype of the arrays.
-        source: Hash of the tokens and of the settings of the harvest.
+        source: Hash of the tokens, the settings and the model of the harvest.
     """
 
     model: str

@@ -13,6 +13,7 @@ The checkpoint is one safetensors file, written whole or not at all; its header 
 """
 
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -131,7 +132,8 @@ class Trainer:
 
         Raises:
             KeyError: The store lacks a site.
-            ValueError: The store has fewer rows than a batch, other widths, or is not the one the run began with.
+            ValueError: The store has fewer rows than a batch or is not the one the run began with, or the loss is not
+                finite.
         """
         self._prepare(store)
         reader = _Reader(store)
@@ -166,11 +168,15 @@ class Trainer:
                     f"The store has {store.rows} rows, fewer than a batch of {cfg.batch_size} for {cfg.hook_out!r}; "
                     "harvest more, or set a smaller batch_size."
                 )
-        if self._learners:
-            if store.manifest.source != self._source:
+        for learner in self._learners:
+            cfg = learner.sae.cfg
+            began, found = (cfg.d_in, cfg.d_out), (store.width(cfg.hook_in), store.width(cfg.hook_out))
+            if began != found or store.manifest.source != self._source:
                 raise ValueError(
-                    "This run began on another store (other data or settings); resume it on the store it began with."
+                    f"This run began on another store (data {self._source!r}, widths {began}); this one is "
+                    f"{store.manifest.source!r} with widths {found}. Resume it on the store it began with."
                 )
+        if self._learners:
             return
         self._source = store.manifest.source
         for cfg in self.configs:
@@ -198,9 +204,9 @@ class Trainer:
             dead=learner.dead(),
             tokens_per_second=len(x) / (time.perf_counter() - start),
         )
-        if result.loss != result.loss:
+        if not math.isfinite(result.loss):
             raise ValueError(
-                f"The loss for {learner.cfg.hook_out!r} is not a number at step {result.step}; lower the learning "
+                f"The loss for {learner.cfg.hook_out!r} is {result.loss} at step {result.step}; lower the learning "
                 "rate. The last checkpoint is whole."
             )
         return result
