@@ -1,6 +1,6 @@
 """Loss and divergence of next-token predictions, a few rows of the vocabulary at a time.
 
-The logits of 8 x 1,024 tokens over 256,000 words are 8 GB in float32. So the log-probabilities are made in float32 for a
+The logits of 8 x 1,024 tokens over 256,000 words are 8 GB in float32. So log-probabilities are made in float32 for a
 block of positions, reduced to one number a position, and dropped.
 """
 

@@ -23,18 +23,18 @@ class EvalResult:
         delta_loss: `ce_spliced - ce_clean`.
         delta_loss_se: Standard error of `delta_loss`, paired by token and clustered by sequence; NaN for one sequence.
         delta_loss_out: `ce_spliced_out - ce_clean`.
-        loss_recovered: `(ce_ablated - ce_spliced) / (ce_ablated - ce_clean)`, a fraction; NaN where the ablation changes
-            nothing.
+        loss_recovered: `(ce_ablated - ce_spliced) / (ce_ablated - ce_clean)`, a fraction; NaN where the ablation
+            changes nothing.
         kl: `KL(clean || spliced)` of the next-token distributions, nats per token.
-        fvu: Fraction of variance unexplained by site (`hook_out`). A site that does not vary has infinity, or NaN where it
-            is reconstructed without error.
+        fvu: Fraction of variance unexplained, by site (`hook_out`). A site that does not vary has infinity, or NaN
+            where it is reconstructed without error.
         l0: Active latents per position, by site.
         dead: Fraction of latents that never fired on a counted position, by site.
         n_tokens: Loss terms, the denominator of the `ce_*` and of `kl`.
-        n_masked: Predictions left out: the input is a position that the dictionaries were not trained on, or the target is
-            BOS or PAD. `n_tokens + n_masked` is the number of predicted positions.
+        n_masked: Predictions left out: the input is at a position that the dictionaries were not trained on, or the
+            target is BOS or PAD. `n_tokens + n_masked` is the number of tokens that have one in front.
         tokens_hash: SHA-256 of the evaluated token ids, row by row; it does not depend on the batch size.
-        settings: What is needed to repeat the evaluation.
+        settings: What is needed to repeat the evaluation; `complete` is False for what an interrupt left.
     """
 
     ce_clean: float

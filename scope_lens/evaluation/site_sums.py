@@ -1,8 +1,8 @@
 """Reconstruction error, variance and activity at one site, as sums that add over batches.
 
-The variance is about the mean of the whole data. Sums of squares about zero would cancel where the mean is large against
-the spread, as it is in a residual stream; so each batch is centred at its own mean, and two batches merge by the update of
-Chan, Golub and LeVeque (1979):
+The variance is about the mean of the whole data. Sums of squares about zero would cancel where the mean is large
+against the spread, as it is in a residual stream. So each batch is centred at its own mean, and two batches merge by
+the update of Chan, Golub and LeVeque (1979):
 
     centred = centred_a + centred_b + |mean_b - mean_a|^2 n_a n_b / (n_a + n_b)
 """

@@ -1,8 +1,8 @@
 """From what a user hands to `evaluate` to rows of token ids.
 
-1. Text is packed: documents one after the other, BOS in front of each document and in front of each row, cut into rows of
+1. Text is packed: documents one after the other, BOS in front of each document and of each row, cut into rows of
    `context` tokens, the last row filled up with PAD.
-2. Token tensors are taken as they are, after a check of everything that would make the numbers wrong without a sound.
+2. Token tensors are taken as they are, after a check for what would make the numbers wrong without a sound.
 3. Rows of one length become batches. The hash is of the rows, so that it does not depend on the batch size.
 """
 
@@ -17,15 +17,16 @@ from transformer_lens import TransformerBridge
 from scope_lens.model import ScopeModel
 from scope_lens.special_tokens import SpecialTokens, special_token_ids
 
-Tokens = Int[Tensor, "seq pos"] | Iterable[Int[Tensor, "seq pos"]] | Sequence[str]
+# The tensors of an iterable are (seq, pos) too, each with sizes of its own; a name would ask for the same ones.
+Tokens = Int[Tensor, "seq pos"] | Iterable[Int[Tensor, "_ _"]] | Sequence[str]
 
 
 def pack(model: ScopeModel, texts: Sequence[str], *, context: int) -> Int[Tensor, "row context"]:
     """Cut documents into rows of `context` tokens with BOS in front.
 
     Each document gets a BOS in front, the documents follow each other, and where a document is cut its next row begins
-    with a BOS as well. The last row is filled up with PAD (with BOS or EOS where the model has no PAD); an evaluation does
-    not count them. A model that was not trained with BOS gets EOS between documents instead.
+    with a BOS as well. The last row is filled up with PAD (BOS or EOS where the model has no PAD), which an evaluation
+    does not count. A model that was not trained with BOS gets EOS between documents instead.
 
     Args:
         model: Its tokenizer is used.
@@ -80,7 +81,7 @@ def leading_pad(tokens: Int[Tensor, "seq pos"], special: SpecialTokens) -> Bool[
     return torch.isin(tokens, torch.tensor(pad, dtype=tokens.dtype, device=tokens.device)).cumprod(1).bool()
 
 
-def token_rows(model: ScopeModel, tokens: Tokens, *, context: int) -> list[Int[Tensor, "seq pos"]]:
+def token_rows(model: ScopeModel, tokens: Tokens, *, context: int) -> list[Int[Tensor, "_ _"]]:
     """Check and collect what is to be evaluated, on the CPU; consecutive tensors of one width are joined.
 
     Args:
@@ -89,8 +90,8 @@ def token_rows(model: ScopeModel, tokens: Tokens, *, context: int) -> list[Int[T
         context: Row length for text, at most; a shorter context of the model is kept to.
 
     Raises:
-        ValueError: No tokens, a wrong shape or dtype, rows longer than the model's context, ids outside the vocabulary, or
-            rows without BOS on a model that expects it.
+        ValueError: No tokens, a wrong shape or dtype, rows longer than the model's context, ids outside the vocabulary,
+            or rows without BOS on a model that expects it.
     """
     if isinstance(tokens, str):
         tokens = [tokens]
@@ -120,7 +121,7 @@ def token_rows(model: ScopeModel, tokens: Tokens, *, context: int) -> list[Int[T
     return [torch.cat(rows) for rows in joined]
 
 
-def rows_hash(rows: Iterable[Int[Tensor, "seq pos"]]) -> str:
+def rows_hash(rows: Iterable[Int[Tensor, "_ _"]]) -> str:
     """SHA-256 over the length and the ids of each row, in order."""
     digest = hashlib.sha256()
     for tensor in rows:
@@ -143,14 +144,14 @@ def _checked(bridge: TransformerBridge, tensor: Tensor, special: SpecialTokens, 
     n_ctx, vocabulary = int(bridge.cfg.n_ctx), int(bridge.cfg.d_vocab)
     if rows.shape[1] > n_ctx:
         raise ValueError(
-            f"{where}: rows of {rows.shape[1]} tokens, but the model's context is {n_ctx}. Cut them into shorter rows, each "
-            "with a BOS in front; scope_lens.evaluation.pack does it for text."
+            f"{where}: rows of {rows.shape[1]} tokens, but the model's context is {n_ctx}. Cut them into shorter rows, "
+            "each with a BOS in front; scope_lens.evaluation.pack does it for text."
         )
     low, high = (int(bound) for bound in rows.aminmax())
     if low < 0 or high >= vocabulary:
         raise ValueError(
-            f"{where}: ids from {low} to {high}, but the model's vocabulary has the ids 0 to {vocabulary - 1}. Were they "
-            "made by another model's tokenizer?"
+            f"{where}: ids from {low} to {high}, but the model's vocabulary has the ids 0 to {vocabulary - 1}. Were "
+            "they made by another model's tokenizer?"
         )
     if expects_bos(bridge, special):
         real = ~leading_pad(rows, special)
@@ -159,9 +160,8 @@ def _checked(bridge: TransformerBridge, tensor: Tensor, special: SpecialTokens, 
         if missing.any():
             row = int(missing.nonzero()[0])
             raise ValueError(
-                f"{where}: {int(missing.sum())} of {len(rows)} rows do not begin with BOS (id {special.bos[0]}); row {row} "
-                f"begins with {int(first[row])}. The model was trained with BOS in front and its activations are not the "
-                "ones the dictionaries know without it. Put it in front of every row, e.g. with "
-                "scope_lens.evaluation.pack or model.to_tokens."
+                f"{where}: {int(missing.sum())} of {len(rows)} rows do not begin with BOS (id {special.bos[0]}); row "
+                f"{row} begins with {int(first[row])}. The model was trained with it and needs it. "
+                "Put BOS in front of every row: scope_lens.evaluation.pack and model.to_tokens do."
             )
     return rows
