@@ -238,7 +238,7 @@ class HookedSAE(HookedRootModule):
 
     # ---- files ----
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write `config.json` and `sae.safetensors` into `folder`, each whole or not at all.
 
         Args:
@@ -257,7 +257,7 @@ class HookedSAE(HookedRootModule):
             _part(config).unlink(missing_ok=True)
 
     @classmethod
-    def load(cls, folder: Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> "HookedSAE":
+    def load(cls, folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> "HookedSAE":
         """Read what `save` wrote.
 
         Args:
@@ -319,7 +319,7 @@ class HookedSAE(HookedRootModule):
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         revision: str | None = None,
-        local_dir: Path | None = None,
+        local_dir: str | Path | None = None,
     ) -> "HookedSAE":
         """Load a published dictionary, e.g. `("google/gemma-scope-2b-pt-res", "layer_20/width_16k/average_l0_71")`.
 
