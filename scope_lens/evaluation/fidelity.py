@@ -166,7 +166,9 @@ def _first(rows: Sequence[Tensor], n: int) -> Iterator[Tensor]:
 @contextmanager
 def _in_eval_mode(bridge: TransformerBridge) -> Generator[None]:
     """Switch dropout off for a block of code; modules that were training train again afterwards."""
-    training = [module for module in bridge.modules() if module.training]
+    # The bridge's modules and the wrapped model's overlap, and neither holds all of the other's.
+    modules = {*bridge.modules(), *bridge.original_model.modules()}
+    training = [module for module in modules if module.training]
     try:
         for module in training:
             module.training = False
