@@ -258,7 +258,7 @@ def _dress(figure: go.Figure, points: Sequence[_Point]) -> go.Figure:
             },
             "x": 0.01,
             "yref": "container",
-            "y": 0.95,
+            "y": 0.965,
         },
         legend={"orientation": "v", "x": 1.02, "y": 1, "tracegroupgap": 4},
         template="plotly_white",
