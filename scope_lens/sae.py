@@ -257,7 +257,9 @@ class HookedSAE(HookedRootModule):
             _part(config).unlink(missing_ok=True)
 
     @classmethod
-    def load(cls, folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> "HookedSAE":
+    def load(
+        cls, folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    ) -> "HookedSAE":
         """Read what `save` wrote.
 
         Args:

@@ -124,5 +124,7 @@ def replaced(model: nn.Module, site: Site, change: Callable[[Tensor, Tensor], Te
 def width(model: nn.Module, site: str) -> int:
     config = model.config
     if site == "att":
-        return config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+        return config.num_attention_heads * getattr(
+            config, "head_dim", config.hidden_size // config.num_attention_heads
+        )
     return config.hidden_size

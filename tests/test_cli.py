@@ -163,9 +163,8 @@ def test_a_second_run_computes_what_is_missing(run, suite, text, tmp_path, monke
     monkeypatch.setattr(each, "evaluate", interrupted_at_the_second)
     code, out, errors = run(*words)
     assert code == 130
-    assert errors == [
-        f"scope-lens: interrupted after 1 of 2 dictionaries; {results} holds them and the same command goes on from there"
-    ]
+    resume = f"{results} holds them and the same command goes on from there"
+    assert errors == [f"scope-lens: interrupted after 1 of 2 dictionaries; {resume}"]
     assert list(read_results(results)) == [RES]
     assert out.splitlines()[1].startswith("res ")
 

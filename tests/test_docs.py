@@ -69,8 +69,8 @@ def test_the_checks_install_as_the_readme_says():
     script = (ROOT / ".ci" / "run").read_text()
     for words in commands(README):
         if words[0] in ("pip", "scope-lens") and words[1] in ("install", "demo"):
-            line = " ".join(words).replace("pip install", "pip install --quiet").replace(".[dev]", "'.[dev]'")
-            assert line in script or line == "pip install --quiet -c .ci/constraints.txt .", line
+            line = " ".join(words).replace("pip install", "pip install -qq").replace(".[dev]", "'.[dev]'")
+            assert line in script or line == "pip install -qq -c .ci/constraints.txt .", line
 
 
 def test_the_file_map_of_the_readme_is_the_package():

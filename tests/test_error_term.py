@@ -158,7 +158,9 @@ def test_in_bfloat16_an_edit_is_summed_in_float32_and_rounded_once(hf_model, ran
 
 @pytest.mark.parametrize("edit_input", [False, True])
 @pytest.mark.parametrize("grad", [False, True])
-def test_the_encoder_runs_once_and_twice_only_for_an_edited_input(gemma2, random_sae, tokens, monkeypatch, edit_input, grad):
+def test_the_encoder_runs_once_and_twice_only_for_an_edited_input(
+    gemma2, random_sae, tokens, monkeypatch, edit_input, grad
+):
     model, _ = gemma2
     sae = random_sae(SITE, d_in=48)
     calls = []

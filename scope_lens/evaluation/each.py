@@ -6,6 +6,7 @@
 """
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,6 +77,8 @@ def evaluate_each(
         "ablation": ablation,
     }
     results = {} if path is None or not path.exists() else read_results(path, run=run)
+    # In a log file, where a bar cannot move, the outer one is enough.
+    inner = progress and (len(saes) == 1 or sys.stderr.isatty())
     for name in tqdm(saes, desc="dictionaries", unit="dictionary", disable=not progress or len(saes) == 1):
         if name not in results or not results[name].settings["complete"]:
             given = saes[name]
@@ -87,7 +90,7 @@ def evaluate_each(
                     batch_size=batch_size,
                     positions=positions,
                     ablation=ablation,
-                    progress=progress,
+                    progress=inner,
                 )
             except EvaluationInterrupted as interrupted:
                 results[name] = interrupted.result

@@ -1,6 +1,7 @@
 """Timing arms against each other: one process, one thread, no gradients, arms interleaved, ratios of medians.
 
-Absolute times on a shared machine say little; the ratio of two arms that took turns says what one costs beside the other.
+Absolute times on a shared machine say little; the ratio of two arms that took turns says what one costs beside the
+other.
 """
 
 import json

@@ -4,8 +4,8 @@ sae-lens 6.54 needs transformer-lens < 4, so it cannot be installed beside this 
 
     pip install torch==2.13.0 && pip install transformer-lens==3.9.0 && pip install sae-lens==6.54.12
 
-and run this file with its Python. The sizes are those of bench_splice.py and bench_load.py; each ratio is taken inside one
-process to bare torch that does the same sums, so the two pages can be read beside each other.
+and run this file with its Python. The sizes are those of bench_splice.py and bench_load.py; each ratio is taken inside
+one process to bare torch that does the same sums, so the two pages can be read beside each other.
 """
 
 import json

@@ -49,7 +49,11 @@ def with_saes(model: ScopeModel, tokens: torch.Tensor, saes: list[HookedSAE], **
 
 def forward_rows() -> list[dict]:
     rows = []
-    for d, layers, d_sae, density, rounds in ((768, 8, 8192, 0.5, 7), (768, 8, 8192, 0.01, 7), (256, 8, 2048, 0.03, 25)):
+    for d, layers, d_sae, density, rounds in (
+        (768, 8, 8192, 0.5, 7),
+        (768, 8, 8192, 0.01, 7),
+        (256, 8, 2048, 0.03, 25),
+    ):
         model = random_model(d_model=d, layers=layers)
         tokens = torch.randint(3, 4096, (4, 128))
         saes = [random_sae(layer, d, d_sae, density=density) for layer in range(0, layers, layers // 4)]
@@ -105,7 +109,9 @@ def decode_rows() -> list[dict]:
                 {"dense": lambda a=acts: a @ sae.W_dec, "ours": lambda a=acts: sae.write(a)}, rounds=7
             )
             measured = ratio(seconds, "dense", "ours")
-            rows.append({"work": f"decode 2304 x 16384, L0 {l0}, {batch} tokens: times faster", "baseline": "dense"} | measured)
+            rows.append(
+                {"work": f"decode 2304 x 16384, L0 {l0}, {batch} tokens: times faster", "baseline": "dense"} | measured
+            )
     return rows
 
 
@@ -114,5 +120,6 @@ if __name__ == "__main__":
         "splice",
         "Cost of a splice",
         [*forward_rows(), many_row(), *decode_rows()],
-        notes="`ratio` is the median over rounds of arm / baseline (for decoding baseline / arm), `low` and `high` its quartiles.",
+        notes="`ratio` is the median over rounds of arm / baseline (for decoding baseline / arm), "
+        "`low` and `high` its quartiles.",
     )
