@@ -154,7 +154,7 @@ class ScopeModel:
         for wanted in (*args, kwargs.get("dtype")):
             if isinstance(wanted, torch.dtype):
                 refuse_half_precision(self._bridge, wanted)
-        self._bridge.to(*args, **kwargs)
+        self._bridge.to(*args, **{"print_details": False} | kwargs)
         if getattr(self._bridge.cfg, "n_devices", 1) == 1:
             device = next(iter(self._bridge.parameters())).device
             for sae in self.attached.values():
