@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from scope_lens.sae import HookedSAE
@@ -26,14 +26,16 @@ class SiteSums:
         mean: Mean of y.
         centred: `sum |y - mean(y)|^2`.
         error: `sum |y - y_hat|^2`.
-        fired: How often each latent was active.
+        active: Active latents, summed over positions.
+        fired: Which latents were active anywhere.
     """
 
     n: int
     mean: Float[Tensor, " d_out"]
     centred: Float[Tensor, ""]
     error: Float[Tensor, ""]
-    fired: Int[Tensor, " d_sae"]
+    active: Int[Tensor, ""]
+    fired: Bool[Tensor, " d_sae"]
 
     @classmethod
     def of(cls, sae: HookedSAE, x: Float[Tensor, "row d_in"], y: Float[Tensor, "row d_out"]) -> "SiteSums":
@@ -41,13 +43,15 @@ class SiteSums:
         n = y.shape[0]
         exact = y.double()
         mean = exact.sum(0) / max(n, 1)
-        if n:
-            acts = sae.activate(sae.pre_activation(x))
-            error = (exact - sae.reconstruct(acts, x)).square_().sum()
-            fired = torch.count_nonzero(acts, dim=0)
-        else:
-            error, fired = exact.sum(), torch.zeros(sae.cfg.d_sae, dtype=torch.long, device=y.device)
-        return cls(n=n, mean=mean, centred=(exact - mean).square_().sum(), error=error, fired=fired)
+        acts = sae.activate(sae.pre_activation(x))
+        return cls(
+            n=n,
+            mean=mean,
+            centred=(exact - mean).square_().sum(),
+            error=(exact - sae.reconstruct(acts, x)).square_().sum(),
+            active=torch.count_nonzero(acts),
+            fired=acts.any(0),
+        )
 
     def __add__(self, other: "SiteSums") -> "SiteSums":
         n = self.n + other.n
@@ -58,7 +62,8 @@ class SiteSums:
             mean=self.mean + shift * share,
             centred=self.centred + other.centred + shift.square().sum() * (self.n * share),
             error=self.error + other.error,
-            fired=self.fired + other.fired,
+            active=self.active + other.active,
+            fired=self.fired | other.fired,
         )
 
     @property
@@ -72,9 +77,9 @@ class SiteSums:
     @property
     def l0(self) -> float:
         """Active latents per position."""
-        return int(self.fired.sum()) / self.n if self.n else math.nan
+        return int(self.active) / self.n if self.n else math.nan
 
     @property
     def dead(self) -> float:
         """Fraction of latents that never fired."""
-        return float((self.fired == 0).double().mean())
+        return float((~self.fired).double().mean())
