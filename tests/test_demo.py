@@ -55,12 +55,13 @@ def test_dictionaries_are_chosen_by_site_and_layer():
         demo.load_saes(layers=4)
 
 
-def test_the_hold_out_text_is_the_corpus_it_claims_to_be(shared_data):
-    documents = demo.text()
-    assert len(documents) == 200
-    assert (shared_data / "corpora" / "tinystories_val.txt").read_text() == (demo.path() / "text.txt").read_text()
-    trained_on = (shared_data / "corpora" / "tinystories_train.txt").read_text()
-    assert not [document for document in documents if document[:120] in trained_on]
+def test_the_hold_out_text_was_not_trained_on(shared_data):
+    documents, corpora = demo.text(), shared_data / "corpora"
+    assert len(documents) == 161
+    assert set(documents) < set((corpora / "tinystories_val.txt").read_text().split("\n<|endoftext|>\n"))
+    for name in ("train", "truecased_extra"):
+        trained_on = (corpora / f"tinystories_{name}.txt").read_text()
+        assert not [d for d in documents if d[:120] in trained_on or d[-120:] in trained_on]
 
 
 def test_the_model_is_the_trained_one_in_bfloat16(model, shared_data):

@@ -61,7 +61,7 @@ def load_saes(
 
 
 def text() -> list[str]:
-    """Give the hold-out documents: 200 stories that neither the model nor the dictionaries were trained on."""
+    """Give the hold-out documents: 161 stories that neither the model nor the dictionaries were trained on."""
     return (path() / "text.txt").read_text(encoding="utf-8").split(_SEPARATOR)
 
 
