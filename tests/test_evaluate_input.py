@@ -187,3 +187,18 @@ def test_dictionaries_that_do_not_fit(gemma2, random_sae, res):
     with pytest.raises(ValueError, match="reads 'blocks.2.hook_resid_post', which has not fired in this forward"):
         evaluate(model, rows(), saes=backwards, progress=False)
     assert not model.attached
+
+
+def test_the_chat_prefix_is_neither_spliced_nor_counted(stories, random_sae, monkeypatch):
+    monkeypatch.setattr(stories.tokenizer, "chat_template", "{{ bos_token }}Tom said: {{ messages[0]['content'] }}")
+    prefix, text = ids_of(stories, "Tom said: "), ids_of(stories, "Once upon a time there was a cat")
+    tokens = torch.tensor([[BOS, *prefix, *text]])
+    every_kind = ("bos", "eos", "pad", "chat_prefix")
+    sae = random_sae("blocks.1.hook_resid_post", d_in=192, untrained=every_kind)
+    got = evaluate(stories, tokens, saes=sae, progress=False)
+    assert got.n_tokens == len(text) - 1
+    assert got.n_masked == 1 + len(prefix)
+    assert got.settings["saes"][0]["untrained"] == list(every_kind)
+    monkeypatch.setattr(stories.tokenizer, "chat_template", None)
+    with pytest.raises(ValueError, match="chat prefix"):
+        evaluate(stories, tokens, saes=sae, progress=False)

@@ -58,8 +58,9 @@ def evaluate(
         tokens: Token ids (seq, pos) with BOS in front of every row and PADs on either side; several such tensors, which
             may differ in length (a generator is read once and kept as ids); or documents, which `pack` cuts into rows.
         saes: One dictionary, or several that are spliced in together.
-        batch_size: Sequences in a forward pass. The numbers do not depend on it, except for a BatchTopK dictionary,
-            whose latents depend on the other rows by definition.
+        batch_size: Sequences in a forward pass; two tensors of logits (batch_size, pos, vocabulary) are held at a time.
+            The numbers do not depend on it, except for a BatchTopK dictionary, whose latents depend on the other rows
+            by definition.
         context: Length of the rows that text is cut into; at most the model's own context.
         positions: "trained" splices and ablates where a dictionary was trained, "all" everywhere. What counts is the
             same.
