@@ -5,8 +5,8 @@ from collections import Counter
 from xml.etree import ElementTree as ET
 
 SHARES = {
-    "training": ("training", "demo_suite"),
-    "evaluation": ("evaluation", "fidelity", "text"),
+    "training": ("training", "demo"),
+    "evaluation": ("evaluat",),
     "explore, figures, command line, notebooks": ("explore", "figures", "cli", "docs", "notebooks"),
 }
 

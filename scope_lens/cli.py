@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 SiteName = Literal["res", "mlp", "att", "transcoder", "embedding"]
 _DOCUMENTS = "\n<|endoftext|>\n"
-# 2 x 16 x 4 forward passes over this much text take about half a minute on one core.
-_DEMO_DOCUMENTS = 12
+# Four forward passes for each of 16 dictionaries over this much text take about half a minute on one core.
+_DEMO_DOCUMENTS = 8
 _INTERRUPTED = 130
 
 _app = tyro.extras.SubcommandApp()
@@ -45,11 +45,19 @@ def demo(*, html: Path | None = None, json: Path | None = None) -> None:
     from scope_lens.releases import loaders
 
     saes = loaders(str(embedded.path() / "suite"), model=embedded.MODEL_NAME)
+    import torch
+
     from scope_lens.evaluation.each import evaluate_each
 
     model = embedded.load_model()
     text = embedded.text()[:_DEMO_DOCUMENTS]
-    _report(evaluate_each(model, text, saes=saes, path=json), html=html, total=len(saes), kept=json)
+    threads = torch.get_num_threads()
+    # Threads wait for each other longer than this small model computes, above all on a machine that does other things.
+    torch.set_num_threads(1)
+    try:
+        _report(evaluate_each(model, text, saes=saes, path=json), html=html, total=len(saes), kept=json)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @_app.command(name="list")

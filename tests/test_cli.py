@@ -67,6 +67,27 @@ def test_a_wrong_verb_ends_with_two(capsys):
     assert "evaluate" in capsys.readouterr().err
 
 
+# ---- demo ----
+
+
+def test_demo_measures_every_embedded_dictionary_and_writes_nothing(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "_DEMO_DOCUMENTS", 1)
+    code, out, errors = run("demo")
+    header, *rows = (line.split() for line in out.partition("\n\n")[0].splitlines())
+    assert (code, errors) == (0, [])
+    assert " ".join(header) == "site layer width L0 FVU delta loss std. error splice-out recovered dictionary"
+    assert [(site, int(layer)) for site, layer, *_ in rows] == [
+        (site, layer) for site in ("res", "mlp", "att", "transcoder") for layer in range(4)
+    ]
+    for site, _, width, _, fvu, delta_loss, _, splice_out, _, path in rows:
+        assert width == "1k"
+        assert path.startswith(f"{site}/layer_")
+        assert 0 < float(fvu) < 0.5
+        assert float(delta_loss) < float(splice_out)
+    assert not list(tmp_path.iterdir())
+
+
 # ---- list and info ----
 
 

@@ -73,6 +73,12 @@ def test_the_checks_install_as_the_readme_says():
             assert line in script or line == "pip install -qq -c .ci/constraints.txt .", line
 
 
+def test_the_table_of_the_readme_is_of_the_embedded_dictionaries():
+    suite = scope_lens.demo.path() / "suite"
+    shown = re.findall(r"\S+/layer_\d+/width_1k/average_l0_\d+$", README.read_text(), re.MULTILINE)
+    assert sorted(shown) == sorted(file.parent.relative_to(suite).as_posix() for file in suite.rglob("params.npz"))
+
+
 def test_the_file_map_of_the_readme_is_the_package():
     ((_, table),) = [block for block in blocks(README, "text") if block[1].startswith("scope_lens/")]
     package = table.partition("tests/")[0]
@@ -95,9 +101,10 @@ def test_links_between_pages_and_files_lead_somewhere():
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebooks_run(path):
+def test_notebooks_run(path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # beside other tests, threads of the kernel wait for each other
     notebook = nbformat.read(path, as_version=4)
-    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(path.parent)}}).execute()
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}).execute()
 
 
 def test_there_is_a_notebook():
@@ -110,3 +117,9 @@ def test_notebooks_are_stored_without_text_outputs(path):
         for output in cell.get("outputs", ()):
             assert output["output_type"] in ("display_data", "execute_result")
             assert any(kind in output["data"] for kind in ("image/png", "application/vnd.plotly.v1+json"))
+
+
+def test_the_benchmarks_are_listed():
+    folder = ROOT / "docs" / "benchmarks"
+    listed = set(re.findall(r"\]\((\w+\.md)\)", (folder / "index.md").read_text()))
+    assert listed == {page.name for page in folder.glob("*.md")} - {"index.md"}

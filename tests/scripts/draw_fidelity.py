@@ -1,9 +1,9 @@
-"""Draw the figure of fidelity by site from a file of results, as the README shows it.
+"""Evaluate the embedded dictionaries on the whole hold-out text and draw the figure that the README shows.
 
-    scope-lens demo --json results.json
     python tests/scripts/draw_fidelity.py results.json docs/pages/images/fidelity.png
 
-Needs a Chromium; it draws the figure's own HTML.
+About ten minutes on one core; a second run takes the results that are there. Needs a Chromium, which draws the figure's
+own HTML.
 """
 
 import argparse
@@ -12,12 +12,18 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from scope_lens import figures
-from scope_lens.evaluation.each import read_results
+import torch
+
+from scope_lens import demo, figures
+from scope_lens.evaluation.each import evaluate_each
+from scope_lens.releases import loaders
 
 
 def main(results: Path, image: Path, chromium: str) -> None:
-    figure = figures.fidelity(list(read_results(results).values()))
+    torch.set_num_threads(1)
+    saes = loaders(str(demo.path() / "suite"), model=demo.MODEL_NAME)
+    named = list(evaluate_each(demo.load_model(), demo.text(), saes=saes, path=results))
+    figure = figures.fidelity([result for _, result in named])
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "figure.html"
         figure.write_html(page, config={"displayModeBar": False})
