@@ -140,12 +140,16 @@ class Attachments:
             positions=positions,
             hook=OwnHook(writes, lambda tensor, hook: self._splice(attachment, tensor)),  # noqa: ARG005
         )
-        self._watch_forward(bridge)
-        if reads is not writes:
-            self._read(reads)
-        attachment.hook.add()
-        self._by_point[writes] = attachment
+        self.restore(bridge, attachment)
         return attachment
+
+    def restore(self, bridge: TransformerBridge, attachment: Attachment) -> None:
+        """Put in what `detach` took out, so that handles of it keep working."""
+        self._watch_forward(bridge)
+        if attachment.reads is not attachment.writes:
+            self._read(attachment.reads)
+        attachment.hook.add()
+        self._by_point[attachment.writes] = attachment
 
     def detach(self, attachment: Attachment) -> None:
         """Take one dictionary out again; does nothing when it is out already."""
@@ -161,10 +165,6 @@ class Attachments:
                 del self._readers[attachment.reads]
         if not self._by_point:
             self._stop_watching()
-
-    def reattach(self, bridge: TransformerBridge, attachment: Attachment) -> None:
-        """Attach again what `detach` took out, as it was."""
-        self.attach(bridge, attachment.sae, use_error_term=attachment.use_error_term, positions=attachment.positions)
 
     @contextmanager
     def set_aside(self, bridge: TransformerBridge) -> Generator[None]:

@@ -247,7 +247,7 @@ class ScopeModel:
                 attachments.detach(attachment)
             for attachment in before:
                 if attachment not in now:
-                    attachments.reattach(self._bridge, attachment)
+                    attachments.restore(self._bridge, attachment)
 
     # ---- running ----
 

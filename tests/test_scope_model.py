@@ -84,6 +84,19 @@ def test_context_restores_the_earlier_state_also_on_exceptions(model, saes, toke
     assert list(model.attached) == [RES]
 
 
+def test_handles_work_on_after_a_block_that_detached(model, saes, tokens):
+    clean = model(tokens)
+    handle = model.add_sae(saes[2])
+    spliced = model(tokens)
+    with model.saes():
+        handle.remove()
+        assert torch.equal(model(tokens), clean)
+    assert torch.equal(model(tokens), spliced)
+    handle.remove()
+    assert torch.equal(model(tokens), clean)
+    assert hooks_on(model) == {}
+
+
 def test_state_after_a_hook_raises_in_the_forward_pass(model, saes, tokens):
     clean = model(tokens)
 
