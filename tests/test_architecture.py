@@ -31,13 +31,14 @@ RANK = {
     "latent_hooks": 4,
     "model": 5,
     "releases": 5,
-    "training": 6,
-    "evaluation": 6,
-    "demo": 6,
-    "circuits": 6,
-    "figures": 7,
-    "explore": 8,
-    "cli": 9,
+    "packing": 6,
+    "training": 7,
+    "evaluation": 7,
+    "demo": 7,
+    "circuits": 7,
+    "figures": 8,
+    "explore": 9,
+    "cli": 10,
 }
 EXCEPTIONS = {("sae", "releases")}  # HookedSAE.from_pretrained, imported when called
 CONFINED = {

@@ -148,7 +148,7 @@ def test_rows_longer_than_the_model_context(gemma2, res):
 
 @pytest.mark.parametrize("texts", [[""], ["", ""]])
 def test_empty_text(stories, random_sae, texts):
-    with pytest.raises(ValueError, match=rf"no text to evaluate: {len(texts)} documents, all of them empty"):
+    with pytest.raises(ValueError, match=rf"no text: {len(texts)} documents, all of them empty"):
         evaluate(stories, texts, saes=random_sae("blocks.1.hook_resid_post", d_in=192))
 
 

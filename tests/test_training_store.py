@@ -128,16 +128,16 @@ def test_the_forward_stops_after_the_last_site(model, tokens):
     assert later
 
 
-def test_text_is_packed_behind_bos(shared_data, monkeypatch):
+def test_text_is_packed_behind_bos_and_every_token_of_it_is_kept(shared_data, monkeypatch):
     model = ScopeModel.from_pretrained(shared_data / "tiny-gemma2-stories")
     monkeypatch.setattr(harvesting, "_LONGEST_CONTEXT", 32)
     documents = ["Once upon a time there was a cat."] * 9
     plan = harvesting.HarvestPlan.make(model, documents, sites=[RES], rows=10**6, seed=0)
     ids = model.model.tokenizer(documents[0], add_special_tokens=False)["input_ids"]
-    stream = ids + ([BOS, *ids] * 8)
-    assert plan.tokens.shape == (len(stream) // 31, 32)
+    assert plan.tokens.shape[1] == 32
     assert (plan.tokens[:, 0] == BOS).all()
-    assert plan.tokens[:, 1:].flatten().tolist() == stream[: plan.tokens.shape[0] * 31]
+    assert plan.rows == 9 * len(ids)
+    assert plan.tokens[plan.row_of >= 0].tolist() == ids * 9
     store = ActivationStore.harvest(model, documents[:1], sites=[RES], progress=False)
     assert store.rows == len(ids)
 
@@ -209,7 +209,7 @@ def test_bad_requests_are_refused(model, tokens, tmp_path):
         harvest(model, tokens.repeat(1, 11))
     with pytest.raises(ValueError, match=r"dtype=torch\.float64"):
         harvest(model, tokens, dtype=torch.float64)
-    with pytest.raises(ValueError, match="token ids instead of text"):
+    with pytest.raises(ValueError, match="Text needs a tokenizer and this model has none"):
         harvest(model, ["no tokenizer here"])
     with pytest.raises(FileNotFoundError, match="Harvest one"):
         ActivationStore.open(tmp_path)

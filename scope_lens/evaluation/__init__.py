@@ -5,6 +5,6 @@
 
 from scope_lens.evaluation.fidelity import evaluate
 from scope_lens.evaluation.result import EvalResult, EvaluationInterrupted
-from scope_lens.evaluation.tokens import pack
+from scope_lens.packing import pack
 
 __all__ = ["EvalResult", "EvaluationInterrupted", "evaluate", "pack"]

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from scope_lens.model import ScopeModel
+from scope_lens.packing import pack
 from scope_lens.sites import Sites
 from scope_lens.special_tokens import special_token_ids, untrained_positions
 
@@ -75,7 +76,8 @@ class HarvestPlan:
         if isinstance(text_or_tokens, Tensor):
             tokens = text_or_tokens.cpu().long()
         else:
-            tokens = _pack(model, text_or_tokens, special.bos)
+            documents = [text_or_tokens] if isinstance(text_or_tokens, str) else text_or_tokens
+            tokens = pack(model, documents, context=min(int(bridge.cfg.n_ctx), _LONGEST_CONTEXT))
         if tokens.ndim != 2 or tokens.shape[1] > bridge.cfg.n_ctx:
             raise ValueError(
                 f"Token ids have the shape (seq, pos), with at most {bridge.cfg.n_ctx} positions for this model; found "
@@ -171,17 +173,3 @@ def _activations(
     if silent:
         raise ValueError(f"The hooks {silent} did not fire in a forward; choose sites that are not gated.")
     return {site: caught[site] for site in sites}
-
-
-def _pack(model: ScopeModel, documents: Sequence[str], bos: tuple[int, ...]) -> Int[Tensor, "seq pos"]:
-    """Documents, each begun with BOS, joined and cut into equal sequences that begin with BOS; the rest is dropped."""
-    tokenizer: Any = model.model.tokenizer
-    if tokenizer is None or not bos:
-        raise ValueError("The model has no tokenizer with a BOS token; harvest from token ids instead of text.")
-    stream: list[int] = []
-    for document in [documents] if isinstance(documents, str) else documents:
-        stream += [bos[0], *tokenizer(document, add_special_tokens=False)["input_ids"]]
-    body = torch.tensor(stream[1:], dtype=torch.long)
-    length = min(int(model.model.cfg.n_ctx), _LONGEST_CONTEXT, len(stream)) - 1
-    rows = body[: len(body) // length * length].view(-1, length) if length > 0 else body.view(0, 0)
-    return torch.cat([torch.full((len(rows), 1), bos[0]), rows], dim=1)
