@@ -12,7 +12,7 @@ and exit code 1 (2 for the command line itself), Ctrl-C with 130. Nothing heavy 
 
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -22,6 +22,7 @@ import tyro
 if TYPE_CHECKING:
     from scope_lens.evaluation.each import Named
     from scope_lens.releases import Release
+    from scope_lens.sae import HookedSAE
 
 SiteName = Literal["res", "mlp", "att", "transcoder", "embedding"]
 _DOCUMENTS = "\n<|endoftext|>\n"
@@ -156,13 +157,7 @@ def evaluate(
     """
     _check_writable(html, json)
     documents = [document for path in text for document in _documents(path)]
-    from scope_lens.releases import loaders
-
-    wanted = {
-        name: load
-        for reference in saes
-        for name, load in loaders(reference, site=site, layer=layer, local_dir=local_dir).items()
-    }
+    wanted = _named(saes, site=site, layer=layer, local_dir=local_dir)
     import torch
 
     from scope_lens.evaluation.each import evaluate_each
@@ -211,6 +206,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(str(error.args[0]) if isinstance(error, KeyError) else str(error))
         return 1
     return 0
+
+
+def _named(
+    references: Sequence[str], *, site: SiteName | None, layer: int | None, local_dir: Path | None
+) -> "dict[str, Callable[..., HookedSAE]]":
+    """Resolve everything that was asked for before any model is loaded."""
+    from scope_lens.releases import loaders
+
+    wanted: dict[str, Callable[..., HookedSAE]] = {}
+    for reference in references:
+        found = loaders(reference, site=site, layer=layer, local_dir=local_dir)
+        if twice := wanted.keys() & found.keys():
+            raise ValueError(f"{min(twice)} is named twice; evaluate two suites with equal paths in two runs.")
+        wanted |= found
+    if not wanted:
+        raise ValueError("Name at least one dictionary: repository and path, Neuronpedia id, file or folder.")
+    return wanted
 
 
 def _report(results: "Iterable[Named]", *, html: Path | None, total: int, kept: Path | None) -> None:

@@ -11,7 +11,7 @@ import torch
 from scope_lens import cli, demo, evaluate
 from scope_lens.evaluation import each
 from scope_lens.evaluation.each import read_results
-from scope_lens.releases import find, hooks_for
+from scope_lens.releases import find, from_path, hooks_for, loaders
 from scope_lens.training import save_gemma_scope
 
 MODEL = str(demo.path() / "model")
@@ -245,6 +245,13 @@ def test_a_saved_dictionary_and_a_single_file(run, random_sae, text, tmp_path):
     _, saved, _ = run("evaluate", tmp_path / "mine", *words)
     _, single, _ = run("evaluate", tmp_path / "loose" / "params.npz", "--site", "res", "--layer", 0, *words)
     assert saved.splitlines()[1].split()[:9] == single.splitlines()[1].split()[:9]
+    mirrored = tmp_path / "gemma-scope-2b-pt-res" / "layer_0" / "width_16k" / "average_l0_13"
+    mirrored.parent.mkdir(parents=True)
+    (tmp_path / "loose").rename(mirrored)
+    assert loaders(str(mirrored))[str(mirrored)].args[0] == from_path(
+        "gemma-scope-2b-pt-res", "layer_0/width_16k/average_l0_13"
+    )
+    mirrored.rename(tmp_path / "loose")
     code, _, errors = run("evaluate", tmp_path / "loose" / "params.npz", *words)
     assert code == 1
     assert "a params.npz does not say where it attaches" in errors[0]
@@ -266,6 +273,8 @@ def test_bad_input_is_one_line_and_nothing_is_written(run, suite, text, tmp_path
         ((*good, "--html", tmp_path), "cannot be written"),
         ((*good, "--json", other), "is no file of results"),
         ((*good, "--context", 1), "a row needs at least 2 tokens"),
+        (good[:1] + good[2:], "Name at least one dictionary"),
+        (("evaluate", suite, suite, *good[2:]), "is named twice"),
     ]:
         code, out, errors = run(*words)
         assert (code, out, len(errors)) == (1, "", 1), words
@@ -288,5 +297,5 @@ def test_results_are_valid_json(run, suite, text, tmp_path):
     """One sequence has no standard error; the file spells NaN as JSON allows."""
     results = tmp_path / "results.json"
     assert run("evaluate", suite / RES, "--model", MODEL, "--text", text, "--context", 256, "--json", results)[0] == 0
-    fields = json.loads(results.read_text(), parse_constant=pytest.fail)["results"][RES]
+    (fields,) = json.loads(results.read_text(), parse_constant=pytest.fail)["results"].values()
     assert fields["delta_loss_se"] == "NaN"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from scope_lens.releases.index import from_neuronpedia, from_path
 from scope_lens.releases.release import FILE_NAME, Release, parse_path
-from scope_lens.releases.sites import SITES, Site, hooks_for
+from scope_lens.releases.sites import REPOS, SITES, Site, full_name, hooks_for
 
 if TYPE_CHECKING:
     from scope_lens.sae import HookedSAE
@@ -74,22 +74,26 @@ def loaders(
         release = release_of(reference)
         return {str(release): partial(load, release, local_dir=local_dir)}
     if (path / "sae.safetensors").is_file():
-        return {path.resolve().name: partial(HookedSAE.load, path)}
+        return {reference: partial(HookedSAE.load, path)}
     if path.is_file() or (path / FILE_NAME).is_file():
-        return _single(path, site, layer)
+        return {reference: _single(path, site, layer, model)}
     suite = open_suite(path, site=site, model=model)
     return {str(release): partial(load, release, local_dir=path) for release in suite}
 
 
-def _single(path: Path, site: Site | None, layer: int | None) -> "dict[str, Callable[..., HookedSAE]]":
-    """One file, whose site and layer are given, or follow from the folders above it."""
+def _single(path: Path, site: Site | None, layer: int | None, model: str) -> "Callable[..., HookedSAE]":
+    """Load one file, whose site and layer are given, or follow from the folders above it."""
+    from scope_lens.releases.loading import load
     from scope_lens.releases.npz import read_npz
 
-    folder = (path.parent if path.is_file() else path).resolve()
-    above = folder.parts[-4:]
-    parts = parse_path("/".join(above[-3:]))
+    above: tuple[str, ...] = ("", "", "", *(path.parent if path.is_file() else path).resolve().parts)
+    *_, owner, layers, width, l0 = above
+    inside = f"{layers}/{width}/{l0}"
+    parts = parse_path(inside)
+    if site is None and parts is not None and full_name(owner) in REPOS:
+        return partial(load, from_path(owner, inside), local_dir=path)
     if site is None:
-        site = next((known for known in SITES if known in above), None)
+        site = next((known for known in SITES if known == owner), None)
     if layer is None and parts is not None:
         layer = parts.layer
     if site is None or (layer is None and site != "embedding"):
@@ -98,5 +102,6 @@ def _single(path: Path, site: Site | None, layer: int | None) -> "dict[str, Call
             "<site>/layer_<L>/width_<W>/average_l0_<N>. Give its site and layer."
         )
     hooks = hooks_for(site, layer)
-    name = "/".join((site, *above[-3:])) if parts is not None else f"{site}/layer_{layer}/{path.name}"
-    return {name: partial(read_npz, path, hook_in=hooks.hook_in, hook_out=hooks.hook_out, path=name)}
+    return partial(
+        read_npz, path, hook_in=hooks.hook_in, hook_out=hooks.hook_out, model=model, path=inside if parts else str(path)
+    )
