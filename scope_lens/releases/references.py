@@ -86,9 +86,8 @@ def _single(path: Path, site: Site | None, layer: int | None, model: str) -> "Ca
     from scope_lens.releases.loading import load
     from scope_lens.releases.npz import read_npz
 
-    above: tuple[str, ...] = ("", "", "", *(path.parent if path.is_file() else path).resolve().parts)
-    *_, owner, layers, width, l0 = above
-    inside = f"{layers}/{width}/{l0}"
+    above = (path.parent if path.is_file() else path).resolve().parts[-4:]
+    owner, inside = above[0], "/".join(above[1:])
     parts = parse_path(inside)
     if site is None and parts is not None and full_name(owner) in REPOS:
         return partial(load, from_path(owner, inside), local_dir=path)
