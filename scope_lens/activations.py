@@ -17,7 +17,8 @@ from torch import Tensor
 
 def relu(pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
     """`f = max(pre, 0)`."""
-    return torch.relu(pre)
+    # clamp, unlike relu, needs its input for the gradient and not its output, so a hook may edit the latents in place.
+    return pre.clamp(min=0)
 
 
 def jumprelu(pre: Float[Tensor, "*batch d_sae"], threshold: Float[Tensor, " d_sae"]) -> Float[Tensor, "*batch d_sae"]:

@@ -14,12 +14,13 @@ permanent hooks: `reset_hooks()` is for the user's.
 """
 
 import copy
-from collections.abc import Callable, Generator, Iterator
+import weakref
+from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from transformer_lens import TransformerBridge
 from transformer_lens.hook_points import HookPoint, LensHandle
 
 from scope_lens.sae import HookedSAE
-from scope_lens.sites import Sites, check_fits
+from scope_lens.sites import Sites, check_fits, refuse_folded_gain, refuse_half_precision, uses_gain
 from scope_lens.special_tokens import SpecialTokens, special_token_ids, untrained_positions
 from scope_lens.splice import splice
 
@@ -100,12 +101,15 @@ class Attachments:
 
     def __init__(self, bridge: TransformerBridge) -> None:
         self.sites = Sites(bridge)
+        self._bridge = weakref.ref(bridge)
         self.folded_layers: set[int] = set()
+        self.ever: WeakSet[HookedSAE] = WeakSet()  # whose hook points users may have hooked
         self._by_point: dict[HookPoint, Attachment] = {}
         self._readers: dict[HookPoint, _Reader] = {}
         self._forward = _Forward()
         self._special = SpecialTokens((), (), (), ())
-        self._special_of: tuple[Any, Any] | None = None
+        self._prefix_of: tuple[Any, Any] | None = None
+        self._gained: set[Attachment] = set()
         self._tokens_hook: OwnHook | None = None
         self._around_forward: tuple[torch.utils.hooks.RemovableHandle, ...] = ()
 
@@ -128,7 +132,7 @@ class Attachments:
                 f"reset_saes({other.hook_out!r}) first."
             )
         check_fits(bridge, sae, self.sites, self.folded_layers)
-        self._know_special_tokens(bridge)
+        self._know_special_tokens(bridge, wanted=sae.cfg.untrained if positions == "trained" else ())
         if positions == "trained" and "chat_prefix" in sae.cfg.untrained:
             untrained_positions(torch.zeros(1, 1, dtype=torch.long), self._special, ("chat_prefix",))
 
@@ -150,12 +154,16 @@ class Attachments:
             self._read(attachment.reads)
         attachment.hook.add()
         self._by_point[attachment.writes] = attachment
+        self.ever.add(attachment.sae)
+        if uses_gain(bridge, attachment.sae, self.sites):
+            self._gained.add(attachment)
 
     def detach(self, attachment: Attachment) -> None:
         """Take one dictionary out again; does nothing when it is out already."""
         if self._by_point.get(attachment.writes) is not attachment:
             return
         del self._by_point[attachment.writes]
+        self._gained.discard(attachment)
         attachment.hook.remove()
         if attachment.reads is not attachment.writes:
             reader = self._readers[attachment.reads]
@@ -196,6 +204,12 @@ class Attachments:
 
     def __iter__(self) -> Iterator[Attachment]:
         return iter([found for point in tuple(self._by_point) if (found := self.at(point)) is not None])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Attachments":
+        raise ValueError(
+            f"A bridge with dictionaries attached ({[a.sae.cfg.hook_out for a in self]}) cannot be deep-copied: their "
+            "hooks would splice by this bridge's state. Copy the ScopeModel, or detach first (reset_saes())."
+        )
 
     def deepcopy_bridge(self, bridge: TransformerBridge, memo: dict[int, Any]) -> TransformerBridge:
         """Copy the bridge without what is attached: hooks are closures, and a copy of one would still splice here."""
@@ -248,8 +262,8 @@ class Attachments:
             if forward.tokens is None:
                 raise ValueError(
                     f"The dictionary at {attachment.sae.cfg.hook_out!r} leaves the positions {kinds} alone, but this "
-                    "forward pass shows no token ids (it started from embeddings or at a layer). Pass token ids, or "
-                    "attach with positions='all'."
+                    "forward pass shows no token ids (it started from embeddings or at a layer, or another forward "
+                    "pass ran inside it). Pass token ids, or attach with positions='all'."
                 )
             marked = untrained_positions(
                 forward.tokens, self._special, kinds, attention_mask=forward.attention_mask, offset=forward.offset
@@ -272,11 +286,15 @@ class Attachments:
             reader.hook.add()
         reader.users += 1
 
-    def _know_special_tokens(self, bridge: TransformerBridge) -> None:
+    def _know_special_tokens(self, bridge: TransformerBridge, *, wanted: Collection[str]) -> None:
+        prefix = self._special.chat_prefix
+        self._special = special_token_ids(bridge)._replace(chat_prefix=prefix)
+        if "chat_prefix" not in wanted:
+            return
         # Rendering a chat template takes a millisecond, which attaching for every forward pass would pay each time.
         source = (bridge.tokenizer, getattr(bridge.tokenizer, "chat_template", None))
-        if self._special_of is None or self._special_of[0] is not source[0] or self._special_of[1] != source[1]:
-            self._special, self._special_of = special_token_ids(bridge), source
+        if self._prefix_of is None or self._prefix_of[0] is not source[0] or self._prefix_of[1] != source[1]:
+            self._special, self._prefix_of = special_token_ids(bridge, chat_prefix=True), source
 
     def _watch_forward(self, bridge: TransformerBridge) -> None:
         if not self._around_forward:
@@ -305,6 +323,12 @@ class Attachments:
 
     def _begin(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
         past = kwargs.get("past_key_values")
+        bridge = self._bridge()
+        assert bridge is not None, "its forward pass is running"
+        # Both can have changed since attaching, by a cast or by TransformerLens' compatibility mode.
+        refuse_half_precision(bridge)
+        for attachment in self._gained:
+            refuse_folded_gain(bridge, attachment.sae, self.sites, self.folded_layers)
         self._forward = _Forward(
             attention_mask=kwargs.get("attention_mask"),
             offset=0 if past is None else int(past.get_seq_length()),

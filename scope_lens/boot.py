@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformer_lens import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,12 +29,17 @@ def boot_from_pretrained(
         raise FileNotFoundError(
             f"There is no folder {folder}; give a hub name such as 'google/gemma-2-2b' or a folder."
         )
-    if dtype == torch.float16 and "gemma" in name.lower():
+    kind = (folder / "config.json").read_text() if folder.is_dir() else name.rsplit("/", maxsplit=1)[-1]
+    if dtype == torch.float16 and "gemma" in kind.lower():
         raise ValueError(
             f"{name} in float16: Gemma's activations overflow float16. Use dtype=torch.bfloat16 or torch.float32."
         )
     try:
         bridge = TransformerBridge.boot_transformers(name, device=device, dtype=dtype, revision=revision)
+    except SafetensorError as error:
+        raise ValueError(
+            f"The weights of {name!r} are damaged or truncated ({error}). Download or copy them again."
+        ) from error
     except OSError as error:
         raise FileNotFoundError(
             f"The model {name!r} could not be loaded: {str(error).splitlines()[0]} Check the name, the network (or "

@@ -13,7 +13,7 @@ from torch import nn
 from transformer_lens import TransformerBridge
 
 from scope_lens.attachments import attachments_of
-from scope_lens.sites import layer_of, needs_gain
+from scope_lens.sites import uses_gain
 
 
 @torch.no_grad()
@@ -35,9 +35,8 @@ def fold_mlp_norm(bridge: TransformerBridge, layers: Sequence[int] | None) -> No
             "Fold a model that was loaded without it."
         )
     for attachment in attachments:
-        for name in (attachment.sae.cfg.hook_in, attachment.sae.cfg.hook_out):
-            names = attachments.sites.names(attachments.sites.resolve(bridge, name))
-            if needs_gain(names) and layer_of(name) in wanted:
+        for name, layer in uses_gain(bridge, attachment.sae, attachments.sites):
+            if layer in wanted:
                 raise ValueError(
                     f"The attached dictionary uses {name!r}, which loses its gain by folding. Detach it first "
                     f"(reset_saes({attachment.sae.cfg.hook_out!r}))."

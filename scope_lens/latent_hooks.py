@@ -173,6 +173,9 @@ class LatentHooks:
         for name in ours:
             self._named(points, name)
         theirs = [name for name in names if _MARK not in name]
+        unknown = [name for name in theirs if self._attachments.sites.find(self._bridge, name) is None]
+        if unknown:
+            raise KeyError(f"names_filter holds names that matched no hook points: {unknown}. Check bridge.hook_dict.")
         if not theirs:
             return ours, lambda name: False  # noqa: ARG005
         return ours, theirs

@@ -118,7 +118,7 @@ class ScopeModel:
         return delegated
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(inspect.getattr_static(type(self), name, None), property) or name in self.__slots__:
+        if hasattr(type(self), name):
             raise AttributeError(f"ScopeModel.{name} cannot be set.")
         if not hasattr(self._bridge, name):
             raise AttributeError(
@@ -151,9 +151,10 @@ class ScopeModel:
         Raises:
             ValueError: float16 for Gemma.
         """
-        for wanted in (*args, kwargs.get("dtype")):
-            if isinstance(wanted, torch.dtype):
-                refuse_half_precision(self._bridge, wanted)
+        for wanted in (*args, *kwargs.values()):
+            dtype = wanted.dtype if isinstance(wanted, torch.Tensor) else wanted
+            if isinstance(dtype, torch.dtype):
+                refuse_half_precision(self._bridge, dtype)
         self._bridge.to(*args, **{"print_details": False} | kwargs)
         if getattr(self._bridge.cfg, "n_devices", 1) == 1:
             device = next(iter(self._bridge.parameters())).device
@@ -196,6 +197,8 @@ class ScopeModel:
             ValueError: A hook that does not fire, a site another dictionary writes, a wrong width or device, a gain
                 that was folded away, Gemma in float16, or a chat prefix asked for without a chat template.
         """
+        if not isinstance(sae, HookedSAE):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"add_sae takes one HookedSAE, found {type(sae).__name__}; saes(...) takes several.")
         attachments = attachments_of(self._bridge)
         attachment = attachments.attach(self._bridge, sae, use_error_term=use_error_term, positions=positions)
         return SAEHandle(sae, attachment, attachments)
@@ -390,11 +393,11 @@ class ScopeModel:
         return self._latent_hooks.caching_hooks(names_filter, **kwargs)
 
     def reset_hooks(self, *args: Any, **kwargs: Any) -> None:
-        """Remove user hooks from the model and from the attached dictionaries, which stay attached.
+        """Remove user hooks from the model and from every dictionary that is or was attached; what is attached stays.
 
         Arguments as for the bridge; `including_permanent=True` takes the splices out as well.
         """
-        for sae in self.attached.values():
+        for sae in attachments_of(self._bridge).ever:
             sae.reset_hooks(*args, **kwargs)
         self._bridge.reset_hooks(*args, **kwargs)
 

@@ -47,6 +47,7 @@ class SAEConfig:
     untrained: tuple[SpecialPosition, ...] = ("bos", "eos", "pad")
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "untrained", tuple(self.untrained))
         for name in ("d_in", "d_out", "d_sae"):
             if getattr(self, name) < 1:
                 raise ValueError(f"SAEConfig.{name} is {getattr(self, name)}; it must be at least 1.")

@@ -17,10 +17,11 @@ from scope_lens.sae import HookedSAE
 _LAYER = re.compile(r"blocks\.(\d+)\.")
 _D_MODEL = re.compile(
     r"(hook_embed|embed\.hook_out|blocks\.\d+\.(hook_in|hook_out|hook_resid_(pre|mid|post)|hook_(attn|mlp)_out"
-    r"|ln\d(_post)?\.hook_(in|out|normalized)|(attn|mlp)\.hook_(in|out)|attn\.o\.hook_out))"
+    r"|ln\d(_post)?\.hook_(in|out|normalized)|(attn|mlp)\.hook_(in|out)|attn\.o\.hook_out|mlp\.(gate|in)\.hook_in))"
 )
+_D_MLP = re.compile(r"blocks\.\d+\.mlp\.(hook_(pre|post|pre_linear)|(gate|in)\.hook_out|out\.hook_in)")
 _HEADS = re.compile(r"blocks\.\d+\.attn\.(hook_z|o\.hook_in|hook_q|q\.hook_out)")
-_GAINED = re.compile(r"blocks\.\d+\.(ln2\.hook_out|mlp\.hook_in)")
+_GAINED = re.compile(r"blocks\.\d+\.(ln2\.hook_out|mlp\.((gate|in)\.)?hook_in)")
 
 
 class Sites:
@@ -89,6 +90,8 @@ def site_width(bridge: TransformerBridge, names: tuple[str, ...]) -> int | None:
         return bridge.cfg.n_heads * bridge.cfg.d_head
     if any(_D_MODEL.fullmatch(name) for name in names):
         return bridge.cfg.d_model
+    if any(_D_MLP.fullmatch(name) for name in names):
+        return bridge.cfg.d_mlp
     return None
 
 
@@ -103,13 +106,7 @@ def check_fits(bridge: TransformerBridge, sae: HookedSAE, sites: Sites, folded_l
                 f"The site {name!r} is {site} wide on this model, the dictionary has {role}={width}"
                 f"{f' (it was trained on {cfg.model})' if cfg.model else ''}. Is it for another model or site?"
             )
-        layer = layer_of(name)
-        if layer is not None and needs_gain(names) and _gain_folded(bridge, layer, folded_layers):
-            raise ValueError(
-                f"The dictionary uses {name!r}, the pre-MLP norm's output with its gain, but the gain of layer {layer} "
-                "is folded into the MLP's weights on this model, so that tensor has no gain now. Load the model "
-                "unfolded."
-            )
+    refuse_folded_gain(bridge, sae, sites, folded_layers)
     refuse_half_precision(bridge)
     device = next(iter(bridge.parameters())).device
     # A model split over devices is checked when the site's activation arrives.
@@ -120,10 +117,31 @@ def check_fits(bridge: TransformerBridge, sae: HookedSAE, sites: Sites, folded_l
         )
 
 
+def uses_gain(bridge: TransformerBridge, sae: HookedSAE, sites: Sites) -> list[tuple[str, int]]:
+    """The hooks of a dictionary that carry the pre-MLP norm's gain, each with its layer."""
+    found: list[tuple[str, int]] = []
+    for name in dict.fromkeys((sae.cfg.hook_in, sae.cfg.hook_out)):
+        layer = layer_of(name)
+        if layer is not None and needs_gain(sites.names(sites.resolve(bridge, name))):
+            found.append((name, layer))
+    return found
+
+
+def refuse_folded_gain(bridge: TransformerBridge, sae: HookedSAE, sites: Sites, folded_layers: set[int]) -> None:
+    """Refuse a dictionary that needs the pre-MLP gain on a model whose gain is folded into the weights."""
+    for name, layer in uses_gain(bridge, sae, sites):
+        if _gain_folded(bridge, layer, folded_layers):
+            raise ValueError(
+                f"The dictionary uses {name!r}, the pre-MLP norm's output with its gain, but the gain of layer {layer} "
+                "is folded into the MLP's weights on this model, so that tensor has no gain now. Load the model "
+                "unfolded."
+            )
+
+
 def refuse_half_precision(bridge: TransformerBridge, dtype: torch.dtype | None = None) -> None:
     """Refuse a Gemma model in float16, whose activations overflow there."""
     architecture = str(getattr(bridge.cfg, "architecture", "") or type(bridge.original_model).__name__)
-    dtype = dtype or next(bridge.parameters()).dtype
+    dtype = dtype or next(iter(bridge.parameters())).dtype
     if dtype == torch.float16 and "gemma" in architecture.lower():
         raise ValueError(
             f"{architecture} in float16: its activations overflow float16 and the soft cap turns them into NaN. "

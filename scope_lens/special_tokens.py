@@ -27,7 +27,8 @@ class SpecialTokens(NamedTuple):
         bos: Beginning-of-sequence ids.
         eos: End-of-sequence ids; some configs name several.
         pad: Padding ids.
-        chat_prefix: The chat template's ids before the user's text, in order; empty without a chat template.
+        chat_prefix: The chat template's ids before the user's text, in order; empty without a chat template, and where
+            it was not asked for.
     """
 
     bos: tuple[int, ...]
@@ -36,8 +37,16 @@ class SpecialTokens(NamedTuple):
     chat_prefix: tuple[int, ...]
 
 
-def special_token_ids(bridge: TransformerBridge) -> SpecialTokens:
-    """Find the special ids of a model: the tokenizer's, else the ones of the Hugging Face config."""
+def special_token_ids(bridge: TransformerBridge, *, chat_prefix: bool = False) -> SpecialTokens:
+    """Find the special ids of a model: the tokenizer's, else the ones of the Hugging Face config.
+
+    Args:
+        bridge: The model.
+        chat_prefix: Whether the chat template is rendered for the prefix; it is empty otherwise.
+
+    Raises:
+        ValueError: A chat template that cannot render a single user turn.
+    """
     tokenizer = bridge.tokenizer
     config: Any = getattr(bridge.original_model, "config", None)
     text_config = getattr(config, "text_config", config)
@@ -49,7 +58,9 @@ def special_token_ids(bridge: TransformerBridge) -> SpecialTokens:
                 return (found,) if isinstance(found, int) else tuple(found)
         return ()
 
-    return SpecialTokens(bos=ids("bos"), eos=ids("eos"), pad=ids("pad"), chat_prefix=_chat_prefix(tokenizer))
+    return SpecialTokens(
+        bos=ids("bos"), eos=ids("eos"), pad=ids("pad"), chat_prefix=_chat_prefix(tokenizer) if chat_prefix else ()
+    )
 
 
 def untrained_positions(
@@ -92,7 +103,10 @@ def untrained_positions(
 def _in_chat_prefix(
     tokens: Int[Tensor, "batch pos"], special: SpecialTokens, padded: Tensor | None, offset: int
 ) -> Bool[Tensor, "batch pos"]:
-    """Where the sequence, counted from its first real token, still spells the prefix."""
+    """Where the sequence, counted from its first real token, still spells the prefix.
+
+    What lies in the KV cache is taken to have spelt it.
+    """
     if padded is None:
         # Without a mask, leading padding is recognised by its ids; behind a KV cache there is none.
         is_pad = torch.isin(tokens, torch.tensor(special.pad, device=tokens.device, dtype=tokens.dtype))
@@ -112,6 +126,13 @@ def _chat_prefix(tokenizer: Any) -> tuple[int, ...]:
     if tokenizer is None or getattr(tokenizer, "chat_template", None) is None:
         return ()
     message = [{"role": "user", "content": _USER_TEXT}]
-    rendered: str = tokenizer.apply_chat_template(message, tokenize=False)
+    try:
+        rendered: str = tokenizer.apply_chat_template(message, tokenize=False)
+    except Exception as error:  # templates are programs and raise what they like
+        raise ValueError(
+            f"The tokenizer's chat template cannot render one user turn ({type(error).__name__}: {error}), so the chat "
+            "prefix that the dictionary was not trained on is unknown. Set tokenizer.chat_template, or attach with "
+            "positions='all'."
+        ) from error
     prefix = rendered.partition(_USER_TEXT)[0]
     return tuple(tokenizer(prefix, add_special_tokens=False)["input_ids"])

@@ -57,9 +57,9 @@ def splice(
 
 def _plain(sae: HookedSAE, x: Tensor, y: Tensor) -> Tensor:
     x = _fire(sae.hook_sae_input, x)
-    pre = sae.hook_sae_acts_pre(sae.pre_activation(x))
-    acts = sae.hook_sae_acts_post(sae.activate(pre))
-    return sae.hook_sae_recons(sae.reconstruct(acts, x)).to(y.dtype)
+    pre = _fire(sae.hook_sae_acts_pre, sae.pre_activation(x))
+    acts = _fire(sae.hook_sae_acts_post, sae.activate(pre))
+    return _fire(sae.hook_sae_recons, sae.reconstruct(acts, x)).to(y.dtype)
 
 
 def _with_error(sae: HookedSAE, x: Tensor, y: Tensor, untrained: Tensor | None) -> Tensor:
@@ -74,6 +74,9 @@ def _with_error(sae: HookedSAE, x: Tensor, y: Tensor, untrained: Tensor | None) 
     acts = sae.activate(pre) if pre_edited else acts_of_pre_new
     acts_new = _fire(sae.hook_sae_acts_post, acts_of_pre_new)
     latents_edited = pre_edited or _edited(acts_new, acts_of_pre_new)
+
+    if not any(_hooked(point) for point in sae.hook_points()):
+        return y  # the gradient of y + 0 is y's own
 
     exact = torch.promote_types(torch.promote_types(y.dtype, sae.dtype), torch.float32)
     edits: list[Tensor] = []
@@ -129,8 +132,11 @@ def _hooked(point: HookPoint) -> bool:
 
 
 def _fire(point: HookPoint, tensor: Tensor) -> Tensor:
-    """Fire a hook point on a copy, so that an in-place edit stays inside the splice; without hooks there is no copy."""
-    return point(tensor.clone()) if _hooked(point) else tensor
+    """Fire a hook point on a copy, so that an in-place edit stays inside the splice; without hooks there is no copy.
+
+    What a hook returns is cast back: a float32 direction added to bfloat16 latents leaves bfloat16 latents.
+    """
+    return point(tensor.clone()).to(tensor.dtype) if _hooked(point) else tensor
 
 
 def _edited(new: Tensor, old: Tensor) -> bool:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from scope_lens.sae import HookedSAE, SAEConfig
+from scope_lens.splice import splice
 
 X = (5, 7)
 
@@ -106,6 +107,30 @@ def test_pre_activations_are_decided_in_float32(random_sae):
     assert torch.equal((got == fires) | near | ~positive, torch.ones_like(fires))
     rounded = (x @ sae.W_enc + sae.b_enc).double() > sae.threshold.double()
     assert (rounded != fires).sum() > 20, "rounding must matter here, or the test is empty"
+
+
+def test_autocast_does_not_round_pre_activations(random_sae):
+    sae, x = random_sae("a", d_in=64), torch.randn(50, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(sae.pre_activation(x), sae.pre_activation(x).float())
+        under = sae.pre_activation(x)
+    assert torch.equal(under, sae.pre_activation(x))
+
+
+@pytest.mark.parametrize("activation", ["relu", "jumprelu", "topk", "batchtopk"])
+@pytest.mark.parametrize("use_error_term", [False, True])
+def test_latents_may_be_edited_in_place_before_a_backward_pass(random_sae, activation, use_error_term):
+    sae = random_sae("a", d_in=8, activation=activation, k=3 if "topk" in activation else None)
+
+    def silence(acts, hook):
+        acts[..., 3] = 0
+        return acts
+
+    with sae.hooks(fwd_hooks=[("hook_sae_acts_post", silence)]):
+        x = torch.randn(5, 8)
+        splice(sae, x, x, use_error_term=use_error_term, untrained=None).sum().backward()
+        sae(x).sum().backward()
+    assert sae.W_dec.grad.isfinite().all()
 
 
 def test_threshold_stays_float32_through_casts(random_sae, tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import shutil
 import weakref
 
 import pytest
@@ -199,6 +200,15 @@ def test_deepcopy_gives_an_independent_model(model, saes, tokens):
     assert hooks_on(twin) == {}
 
 
+def test_a_bridge_with_dictionaries_is_not_copied_by_itself(model, saes, tokens):
+    handle = model.add_sae(saes[2])
+    with pytest.raises(ValueError, match="cannot be deep-copied.*Copy the ScopeModel"):
+        copy.deepcopy(model.model)
+    handle.remove()
+    twin = copy.deepcopy(model.model)
+    assert torch.equal(twin(tokens), model(tokens))
+
+
 def test_nothing_keeps_a_model_alive(hf_model, saes, tokens):
     model = ScopeModel.from_hf(hf_model("gemma2"))
     model.add_sae(saes[2])
@@ -319,8 +329,9 @@ def test_unknown_names_are_refused(model, saes, tokens):
     ):
         with pytest.raises(KeyError, match="No attached dictionary has the hook point"):
             call()
-    with pytest.raises(KeyError, match="matched no hook points"):
-        model.run_with_cache(tokens, names_filter=["blocks.0.hook_typo"])
+    for names in (["blocks.0.hook_typo"], ["blocks.0.hook_typo", RES], "blocks.0.hook_typo"):
+        with pytest.raises(KeyError, match="matched no hook points"):
+            model.run_with_cache(tokens, names_filter=names)
     with pytest.raises(KeyError, match="does not exist"):
         model.run_with_hooks(tokens, fwd_hooks=[("blocks.0.hook_typo", print)])
 
@@ -333,6 +344,10 @@ def test_hooks_added_to_dictionaries_go_with_reset_hooks(model, saes, tokens):
     model.reset_hooks()
     assert torch.equal(model(tokens), spliced)
     assert list(model.attached) == [RES]
+    model.add_hook(f"{RES}.hook_sae_acts_post", lambda t, hook: 0 * t)
+    model.reset_saes()
+    model.reset_hooks()
+    assert torch.equal(model.run_with_saes(tokens, saes=saes[0]), spliced), "a detached dictionary's hooks go as well"
 
 
 def test_an_edit_where_a_transcoder_reads_reaches_it(model, saes, tokens):
@@ -453,8 +468,9 @@ def test_delegation_and_attributes(model, saes):
         model.use_error_term = True
     with pytest.raises(AttributeError, match="cannot be set"):
         model.attached = {}
-    with pytest.raises(AttributeError, match="cannot be set"):
-        model.model = None
+    for name in ("model", "run_with_cache", "_bridge"):
+        with pytest.raises(AttributeError, match="cannot be set"):
+            setattr(model, name, None)
     with pytest.raises(AttributeError):
         _ = model.no_such_thing
     model.tokenizer = None
@@ -484,6 +500,17 @@ def test_the_stream_keeps_its_dtype(hf_model, saes, tokens):
     assert cache[f"{MLP}.hook_sae_acts_post"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("use_error_term", [False, True])
+def test_a_hook_may_return_another_dtype(hf_model, saes, tokens, use_error_term):
+    model = ScopeModel.from_hf(hf_model("gemma2").to(torch.bfloat16))
+    saes = [sae.to(torch.bfloat16) for sae in saes]
+    hooks = [(lambda name: "hook_sae_" in name, lambda t, hook: t.float() * 1.5)]
+    with torch.no_grad(), model.saes(saes, use_error_term=use_error_term):
+        plain, edited = model(tokens), model.run_with_hooks(tokens, fwd_hooks=hooks)
+    assert edited.dtype == torch.bfloat16
+    assert not torch.equal(plain, edited)
+
+
 # ---- what is refused ----
 
 
@@ -499,6 +526,7 @@ def test_what_cannot_attach_is_refused_with_the_reason(model, random_sae, gemma2
         (ValueError, "'blocks.0.hook_mlp_in' is refused.*ln2.hook_normalized", "blocks.0.hook_mlp_in", 48),
         (ValueError, "does not fire on this model.*use_attn_result", "blocks.0.attn.hook_result", 48),
         (ValueError, "is 48 wide on this model, the dictionary has d_in=64", "blocks.0.hook_resid_post", 64),
+        (ValueError, "is 96 wide on this model, the dictionary has d_in=48", "blocks.0.mlp.hook_post", 48),
         (ValueError, "is 80 wide on this model, the dictionary has d_in=48", "blocks.0.attn.hook_z", 48),
     ]
     for error, text, hook, d in cases:
@@ -518,8 +546,8 @@ def test_what_cannot_attach_is_refused_with_the_reason(model, random_sae, gemma2
 
 
 def test_a_wrong_width_that_the_config_cannot_tell_is_refused_in_the_forward(model, random_sae, tokens):
-    with model.saes(random_sae("blocks.0.mlp.hook_post", d_in=48)):
-        with pytest.raises(ValueError, match=r"'blocks.0.mlp.hook_post' has shape \(2, 14, 96\).*width 48"):
+    with model.saes(random_sae("blocks.0.attn.hook_k", d_in=48)):
+        with pytest.raises(ValueError, match=r"'blocks.0.attn.hook_k' has shape \(2, 14, 2, 20\).*width 48"):
             model(tokens)
 
 
@@ -535,6 +563,38 @@ def test_gemma_in_float16_is_refused(hf_model, random_sae):
         model.add_sae(random_sae(RES, d_in=48))
     with pytest.raises(ValueError, match="google/gemma-2-2b in float16"):
         ScopeModel.from_pretrained("google/gemma-2-2b", dtype=torch.float16)
+
+
+def test_a_cast_to_float16_after_attaching_is_refused_in_the_forward(model, saes, tokens):
+    model.add_sae(saes[0])
+    model.model.original_model.half()
+    with pytest.raises(ValueError, match="Gemma2ForCausalLM in float16"):
+        model(tokens)
+
+
+def test_what_add_sae_takes(model, saes):
+    with pytest.raises(TypeError, match="takes one HookedSAE, found list"):
+        ScopeModel.add_sae.__wrapped__(model, saes)
+
+
+def test_only_gemma_is_refused_in_float16(hf_model, shared_data, tmp_path):
+    for name, architecture in (("gemma-work", "llama"), ("other", "gemma2")):
+        hf_model(architecture).save_pretrained(tmp_path / name)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(shared_data / "tiny-gemma2-stories" / file, tmp_path / name / file)
+    assert ScopeModel.from_pretrained(tmp_path / "gemma-work", dtype=torch.float16).cfg.dtype == torch.float16
+    with pytest.raises(ValueError, match="in float16"):
+        ScopeModel.from_pretrained(tmp_path / "other", dtype=torch.float16)
+
+
+def test_truncated_weights_are_refused(shared_data, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(shared_data / "tiny-gemma2-stories", folder)
+    (folder / "model.safetensors").chmod(0o644)
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(ValueError, match="are damaged or truncated"):
+        ScopeModel.from_pretrained(folder, device="cpu")
 
 
 def test_loading_a_model_that_is_not_there(tmp_path, monkeypatch):

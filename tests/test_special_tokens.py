@@ -1,5 +1,6 @@
 """Which positions are special: ids from tokenizer or config, padding by mask, the chat prefix by template."""
 
+import copy
 import lzma
 from types import SimpleNamespace
 
@@ -33,7 +34,7 @@ def bridge(tokenizer=None, **config):
 
 
 def ids_of(subject) -> SpecialTokens:
-    return special_token_ids.__wrapped__(subject)
+    return special_token_ids.__wrapped__(subject, chat_prefix=True)
 
 
 def test_ids_come_from_the_tokenizer_then_from_the_config(gemma_tokenizer):
@@ -89,6 +90,24 @@ def test_a_chat_prefix_without_a_template_is_refused_when_attached(gemma2, rando
     with pytest.raises(ValueError, match="tokenizer has no chat template"):
         model.add_sae(sae)
     model.add_sae(sae, positions="all")
+
+
+def test_special_ids_are_read_anew_when_a_dictionary_is_attached(shared_data, random_sae):
+    model = ScopeModel.from_pretrained(shared_data / "tiny-gemma2-stories", device="cpu")
+    sae = random_sae("blocks.1.hook_resid_post", d_in=192)
+    ids = torch.tensor([[2, 500, 42, 600]])
+    assert changed_positions(model, sae, ids).int().tolist() == [[0, 1, 1, 1]]
+    model.model.tokenizer.pad_token_id = 42
+    assert changed_positions(model, sae, ids).int().tolist() == [[0, 1, 0, 1]]
+
+
+def test_a_broken_chat_template_hurts_only_who_needs_it(hf_model, random_sae, gemma_tokenizer):
+    broken = copy.deepcopy(gemma_tokenizer)
+    broken.chat_template = "{{ raise_exception('system role needed') }}"
+    model = ScopeModel.from_hf(hf_model("gemma2", vocab_size=256_000), broken)
+    model.add_sae(random_sae("blocks.1.hook_resid_post", d_in=48)).remove()
+    with pytest.raises(ValueError, match="cannot render one user turn .*system role needed"):
+        model.add_sae(random_sae("blocks.1.hook_resid_post", d_in=48, untrained=("chat_prefix",)))
 
 
 def changed_positions(model, sae, text, **options):

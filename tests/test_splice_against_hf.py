@@ -117,7 +117,20 @@ def test_folding_refuses_a_layer_norm(hf_model):
         fold_mlp_norm(ScopeModel.from_hf(hf_model("gpt2")))
 
 
-@pytest.mark.parametrize("hook_in", ["blocks.1.ln2.hook_out", "blocks.1.mlp.hook_in"])
+GAINED = ["blocks.1.ln2.hook_out", "blocks.1.mlp.hook_in", "blocks.1.mlp.gate.hook_in", "blocks.1.mlp.in.hook_in"]
+
+
+def test_folding_by_transformer_lens_after_attaching_is_refused_in_the_forward(hf_model, random_sae, tokens):
+    model = ScopeModel.from_hf(hf_model("llama"))
+    with model.saes(random_sae(GAINED[0], f"blocks.{LAYER}.hook_mlp_out", d_in=48)):
+        model(tokens)
+        fold_by_transformer_lens(model)
+        with pytest.raises(ValueError, match="folded into the MLP's weights"):
+            model(tokens)
+    model(tokens)
+
+
+@pytest.mark.parametrize("hook_in", GAINED)
 def test_a_dictionary_that_needs_the_gain_is_refused_on_a_folded_model(hf_model, random_sae, hook_in):
     sae = random_sae(hook_in, f"blocks.{LAYER}.hook_mlp_out", d_in=48)
     model = ScopeModel.from_hf(hf_model("gemma2"))

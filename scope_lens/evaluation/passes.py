@@ -96,7 +96,8 @@ class Passes:
         self._saes = saes
         self._positions: Positions = positions
         self._on_forward = on_forward
-        self._special = special_token_ids(model.model)
+        prefix = any("chat_prefix" in sae.cfg.untrained for sae in saes)
+        self._special = special_token_ids(model.model, chat_prefix=prefix)
         self._device = next(iter(model.model.parameters())).device
         resolve = attachments_of(model.model).sites.resolve
         self._points = [(resolve(model.model, sae.cfg.hook_in), resolve(model.model, sae.cfg.hook_out)) for sae in saes]
