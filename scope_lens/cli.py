@@ -12,6 +12,7 @@ and exit code 1 (2 for the command line itself), Ctrl-C with 130. Nothing heavy 
 
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -114,7 +115,7 @@ def info(reference: Annotated[str, tyro.conf.Positional]) -> None:
     """
     from scope_lens.releases import release_of
 
-    for name, value in _facts(release_of(reference)):
+    for name, value in list(_facts(release_of(reference))):
         _say(f"{name:<13}{value}")
 
 
@@ -152,7 +153,7 @@ def evaluate(
         ablation: What loss recovered compares with.
         dtype: Of the model and the dictionaries.
         device: E.g. cuda:1; a GPU where there is one.
-        json: Results, written as each dictionary finishes; what the file has already is not computed again.
+        json: Results, written as each dictionary finishes; what the file has of the same weights is not computed again.
         html: Figure of fidelity by site.
     """
     _check_writable(html, json)
@@ -162,6 +163,10 @@ def evaluate(
 
     from scope_lens.evaluation.each import evaluate_each
     from scope_lens.model import ScopeModel
+    from scope_lens.releases.placement import check_device
+
+    if device is not None:
+        check_device(device)
 
     kind = torch.float32 if dtype == "float32" else torch.bfloat16
     language_model = ScopeModel.from_pretrained(model, device=device, dtype=kind)
@@ -214,12 +219,17 @@ def _named(
     """Resolve everything that was asked for before any model is loaded."""
     from scope_lens.releases import loaders
 
+    groups = [(ref, loaders(ref, site=site, layer=layer, local_dir=local_dir)) for ref in references]
+    times = Counter(name for _, found in groups for name in found)
     wanted: dict[str, Callable[..., HookedSAE]] = {}
-    for reference in references:
-        found = loaders(reference, site=site, layer=layer, local_dir=local_dir)
-        if twice := wanted.keys() & found.keys():
-            raise ValueError(f"{min(twice)} is named twice; evaluate two suites with equal paths in two runs.")
-        wanted |= found
+    for reference, found in groups:
+        for name, load in found.items():
+            # Two suites may hold equal paths; then the folder, as it was given, tells them apart.
+            of_suite = name != reference and Path(reference).expanduser().is_dir()
+            unique = str(Path(reference) / name) if of_suite and times[name] > 1 else name
+            if unique in wanted:
+                raise ValueError(f"{unique} is named twice; name each dictionary once.")
+            wanted[unique] = load
     if not wanted:
         raise ValueError("Name at least one dictionary: repository and path, Neuronpedia id, file or folder.")
     return wanted
@@ -302,8 +312,7 @@ def _facts(release: "Release") -> Iterable[tuple[str, str]]:
         yield "W_dec", f"({release.width}, {width})"
         numbers = 2 * width * release.width + 2 * release.width + width
         yield "file", f"{release.file}, {4 * numbers / 1e6:,.1f} MB of float32"
-    listed = find(repo=release.repo, layer=release.layer, width=release.width, l0="canonical")
-    yield "canonical", "yes" if release in listed else "no"
+    yield "canonical", "yes" if release in find(repo=release.repo, l0="canonical") else "no"
     yield "Neuronpedia", release.neuronpedia or "-"
     if release.neuronpedia:
         yield "", f"https://www.neuronpedia.org/{release.neuronpedia}"

@@ -136,6 +136,16 @@ def test_info_by_every_name(run):
     assert out.splitlines()[-1].strip() == "https://www.neuronpedia.org/gemma-2-2b/20-gemmascope-transcoder-16k"
 
 
+def test_info_describes_what_the_index_does_not_list(run):
+    """A width that Gemma Scope never used, and a repository without its organisation."""
+    code, out, errors = run("info", "google/gemma-scope-2b-pt-mlp/layer_0/width_1k/average_l0_5")
+    assert (code, errors) == (0, [])
+    assert "canonical    no" in out
+    short = run("info", "gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71")
+    assert short == run("info", "google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71")
+    assert "canonical    yes" in short[1]
+
+
 def test_info_knows_the_width_of_attention(run):
     assert "(2048, 16384)" in run("info", "google/gemma-scope-2b-pt-att/layer_3/width_16k/canonical")[1]
 
@@ -196,6 +206,50 @@ def test_a_second_run_computes_what_is_missing(run, suite, text, tmp_path, monke
     assert run(*words)[0] == 0
     assert len(calls) == 3
     assert results.read_bytes() == whole
+
+
+def test_a_dictionary_retrained_in_place_is_measured_again(run, suite, text, tmp_path):
+    """One weight in the middle of the decoder changes; name and path stay."""
+    results = tmp_path / "results.json"
+    words = ("evaluate", suite, "--model", MODEL, "--text", text, "--context", 64, "--json", str(results))
+    assert run(*words)[0] == 0
+    before = read_results(results)
+    sae = each_sae(suite, RES, "res", 1)
+    with torch.no_grad():
+        sae.W_dec[37, 101] += 5.0
+    save_gemma_scope(sae, suite / RES)
+    assert run(*words)[0] == 0
+    after = read_results(str(results))
+    assert after[RES].delta_loss != before[RES].delta_loss
+    assert after[TRANSCODER] == before[TRANSCODER]
+
+
+def test_results_of_other_weights_of_the_model_are_refused(random_sae, tmp_path):
+    sae = random_sae("blocks.0.hook_resid_post", d_in=192, d_sae=64)
+    model, path = demo.load_model(), str(tmp_path / "results.json")
+    tokens = model.to_tokens(demo.text()[0][:100])
+
+    def measure():
+        return list(each.evaluate_each(model, tokens, saes={"mine": sae}, path=path, progress=False))
+
+    first = measure()
+    assert repr(measure()) == repr(first)  # a NaN does not equal itself
+    with torch.no_grad():
+        next(iter(model.model.blocks[3].parameters())).mul_(1.5)
+    with pytest.raises(ValueError, match="the results of another run: weights 'sha256:"):
+        measure()
+
+
+def test_two_suites_with_equal_paths_are_told_apart_by_their_folders(run, suite, text, tmp_path, random_sae):
+    mlp = random_sae(*hooks_for("mlp", 1), d_in=192, d_sae=64)
+    save_gemma_scope(mlp, suite / "mlp" / "layer_1/width_1k/average_l0_9")
+    folders = (suite / "res", suite / "mlp")
+    code, out, errors = run("evaluate", *folders, "--model", MODEL, "--text", text, "--context", 64)
+    assert (code, errors) == (0, [])
+    rows = [line.split() for line in out.splitlines()[1:3]]
+    assert [(row[0], row[-1]) for row in rows] == [
+        (folder.name, f"{folder}/layer_1/width_1k/average_l0_9") for folder in folders
+    ]
 
 
 def test_an_interrupted_evaluation_is_kept_and_marked(run, suite, text, tmp_path):
@@ -273,6 +327,8 @@ def test_bad_input_is_one_line_and_nothing_is_written(run, suite, text, tmp_path
         ((*good, "--html", tmp_path), "cannot be written"),
         ((*good, "--json", other), "is no file of results"),
         ((*good, "--context", 1), "a row needs at least 2 tokens"),
+        ((*good, "--device", "foo"), "device='foo' cannot be used here"),
+        ((*good, "--device", "cuda:99"), "device='cuda:99' cannot be used here"),
         (good[:1] + good[2:], "Name at least one dictionary"),
         (("evaluate", suite, suite, *good[2:]), "is named twice"),
     ]:

@@ -1,5 +1,6 @@
 """Files become dictionaries: right ones exactly, wrong ones with an error that names them; never more than one copy."""
 
+import dataclasses
 import io
 import math
 import pickle
@@ -169,6 +170,52 @@ def test_a_record_that_contradicts_its_path_is_refused(tmp_path):
         load(Release(**fields | {"repo": "me/mine"}, layer=20, neuronpedia=None))
     with pytest.raises(ValueError, match="revision='main' has no meaning with local_dir"):
         load(from_path(REPO, PATH), local_dir=tmp_path, revision="main")
+
+
+def test_a_record_made_by_hand_may_leave_the_organisation_out(tmp_path):
+    write(tmp_path / PATH, arrays(2304, 6))
+    whole = from_path(REPO, PATH)
+    short = dataclasses.replace(whole, repo="gemma-scope-2b-pt-res", model="gemma-2-2b")
+    assert load(short, local_dir=tmp_path).cfg == load(whole, local_dir=tmp_path).cfg
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["layer_3/width_16k/average_l0_71", "layer_20/width_65k/average_l0_71", "layer_20/width_16k/average_l0_38",
+     "gemma-scope-2b-pt-mlp/" + PATH],
+)  # fmt: skip
+def test_a_single_file_that_is_another_by_its_own_path_is_refused(tmp_path, place):
+    file = write(tmp_path / place, arrays(2304, 6))
+    for folder in (file.parent, file):
+        with pytest.raises(ValueError, match="is another dictionary by its own path than"):
+            load(from_path(REPO, PATH), local_dir=folder)
+
+
+# ---- device and dtype ----
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:99", "xla"])
+def test_a_device_that_is_not_there_is_refused(tmp_path, device):
+    with pytest.raises(ValueError, match=rf"device='{device}' cannot be used here .*Use 'cpu'"):
+        read(write(tmp_path, arrays()), device=device)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, torch.bool])
+def test_a_dtype_that_is_none_for_weights_is_refused(tmp_path, dtype):
+    with pytest.raises(ValueError, match=rf"dtype={dtype} is no dtype for weights; use one of torch.float32"):
+        read(write(tmp_path, arrays()), dtype=dtype)
+
+
+@pytest.mark.parametrize(("name", "scale"), [("W_enc", 1.0), ("W_dec", 1.0), ("b_enc", 1.0), ("b_dec", 1e5)])
+def test_numbers_too_large_for_the_dtype_are_not_called_damaged(tmp_path, name, scale):
+    content = arrays()
+    if scale == 1.0:
+        content[name].flat[7] = -1e5
+    file = write(tmp_path, content)
+    named = name if scale == 1.0 else "b_enc"
+    with pytest.raises(ValueError, match=f"{named} holds finite numbers that torch.float16 cannot"):
+        read(file, dtype=torch.float16, scale=scale)
+    assert read(file, dtype=torch.bfloat16, scale=scale).W_enc.dtype == torch.bfloat16
 
 
 # ---- suites of one's own ----

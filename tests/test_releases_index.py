@@ -127,6 +127,23 @@ def test_ids_that_contradict_their_file_are_left_out():
             from_neuronpedia(source)
 
 
+def test_names_may_have_the_organisation_or_leave_it_out():
+    wanted = from_path("google/gemma-scope-2b-pt-res", "layer_20/width_16k/average_l0_71")
+    assert from_neuronpedia("google/gemma-2-2b/20-gemmascope-res-16k") == wanted
+    for reference in ("gemma-2-2b/20-gemmascope-res-16k", str(wanted), f"{wanted}/params.npz"):
+        for name in (reference, reference.removeprefix("google/"), f"google/{reference.removeprefix('google/')}"):
+            assert releases.release_of(name) == wanted
+
+
+@pytest.mark.parametrize("call", ["find(l0='canon')", "pick(model='gemma-2-2b', site='res', layer=20, l0='71')"])
+def test_an_l0_that_is_neither_a_number_nor_canonical_is_refused(call):
+    """In a process of its own, where nothing checks the types before the function does."""
+    script = f"from scope_lens.releases import find, pick\n{call}"
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert "is no choice of L0; give a number, e.g. 71, or 'canonical'." in ended.stderr.splitlines()[-1]
+    assert ended.stderr.splitlines()[-1].startswith("KeyError")
+
+
 def test_an_unlisted_path_of_the_nine_repositories_is_a_release():
     release = from_path("google/gemma-scope-2b-pt-res", "/layer_3/width_16k/average_l0_999/params.npz")
     assert (release.layer, release.width, release.l0, release.neuronpedia) == (3, 16384, 999, None)
@@ -166,6 +183,7 @@ def test_filters_combine():
         (lambda: from_path("gemma-scope-2b-pt-mlp", "embedding/width_4k/average_l0_6"), "no file"),
         (lambda: from_path("gemma-scope-2b-pt-mlp", "layer_1/width_1m/canonical"), "no file"),
         (lambda: from_neuronpedia("gemma-2-2b/20-gemmascope-res-131k"), "gemma-2-2b/20-gemmascope-res-16k"),
+        (lambda: from_neuronpedia("google/gemma-2-2b/20-gemmascope-res-131k"), "gemma-2-2b/20-gemmascope-res-16k"),
         (lambda: hooks_for("resid", 1), "no site 'resid'"),
     ],
 )  # fmt: skip

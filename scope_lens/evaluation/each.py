@@ -1,7 +1,7 @@
 """Many dictionaries, each evaluated by itself, with a file that grows as they finish.
 
-1. The tokens are made once; their hash and the settings say which run a file belongs to.
-2. What the file has is given back; what it lacks is evaluated.
+1. The tokens are made once; their hash, the model's weights and the settings say which run a file belongs to.
+2. What the file has of a dictionary with these weights is given back; what it lacks is evaluated.
 3. After each dictionary the file is written again, whole. A killed run goes on where it stopped.
 """
 
@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from scope_lens.attachments import Positions
 from scope_lens.evaluation.fidelity import Ablation, evaluate
+from scope_lens.evaluation.fingerprints import model_fingerprint, sae_fingerprint
 from scope_lens.evaluation.result import EvalResult, EvaluationInterrupted
 from scope_lens.evaluation.tokens import Tokens, rows_hash, token_rows
 from scope_lens.model import ScopeModel
@@ -33,12 +34,24 @@ class Named(NamedTuple):
     result: EvalResult
 
 
+class Kept(NamedTuple):
+    """What a file holds of one dictionary.
+
+    Attributes:
+        fingerprint: The weights that were measured.
+        result: Their evaluation.
+    """
+
+    fingerprint: str
+    result: EvalResult
+
+
 def evaluate_each(
     model: ScopeModel,
     tokens: Tokens,
     *,
     saes: Mapping[str, HookedSAE | Callable[[], HookedSAE]],
-    path: Path | None = None,
+    path: str | Path | None = None,
     batch_size: int = 8,
     context: int = 1024,
     positions: Positions = "trained",
@@ -51,7 +64,8 @@ def evaluate_each(
         model: The language model.
         tokens: As for `evaluate`.
         saes: Dictionaries by name, or functions that load them, so that only one is in memory.
-        path: JSON file of the results. What it holds of this run is not computed again.
+        path: JSON file of the results. What it holds of this run and of a dictionary with the same name and the same
+            weights is not computed again.
         batch_size: As for `evaluate`.
         context: As for `evaluate`.
         positions: As for `evaluate`.
@@ -71,38 +85,57 @@ def evaluate_each(
     rows = token_rows(model, tokens, context=context)
     run = {
         "model": str(model.model.cfg.model_name),
+        "weights": model_fingerprint(model.model),
         "dtype": str(next(iter(model.model.parameters())).dtype).removeprefix("torch."),
         "tokens_hash": rows_hash(rows),
         "positions": positions,
         "ablation": ablation,
     }
-    results = {} if path is None or not path.exists() else read_results(path, run=run)
+    path = None if path is None else Path(path)
+    kept = {} if path is None or not path.exists() else read_kept(path, run=run)
     # In a log file, where a bar cannot move, the outer one is enough.
     inner = progress and (len(saes) == 1 or sys.stderr.isatty())
     for name in tqdm(saes, desc="dictionaries", unit="dictionary", disable=not progress or len(saes) == 1):
-        if name not in results or not results[name].settings["complete"]:
-            given = saes[name]
+        given = saes[name]
+        sae = given if isinstance(given, HookedSAE) else given()
+        fingerprint = sae_fingerprint(sae)
+        had = kept.get(name)
+        if had is None or had.fingerprint != fingerprint or not had.result.settings["complete"]:
             try:
-                results[name] = evaluate(
+                result = evaluate(
                     model,
                     rows,
-                    saes=given if isinstance(given, HookedSAE) else given(),
+                    saes=sae,
                     batch_size=batch_size,
                     positions=positions,
                     ablation=ablation,
                     progress=inner,
                 )
+                kept[name] = Kept(fingerprint, result)
             except EvaluationInterrupted as interrupted:
-                results[name] = interrupted.result
+                kept[name] = Kept(fingerprint, interrupted.result)
                 raise
             finally:
-                if path is not None and results:
-                    write_results(path, results, run=run)
-        yield Named(name, results[name])
+                if path is not None and kept:
+                    write_kept(path, kept, run=run)
+        yield Named(name, kept[name].result)
 
 
-def read_results(path: Path, *, run: Mapping[str, str] | None = None) -> dict[str, EvalResult]:
-    """Read a file of `evaluate_each`.
+def read_results(path: str | Path) -> dict[str, EvalResult]:
+    """Read the results in a file of `evaluate_each`, by name.
+
+    Args:
+        path: The file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no such file.
+    """
+    return {name: result for name, (_, result) in read_kept(Path(path)).items()}
+
+
+def read_kept(path: Path, *, run: Mapping[str, str] | None = None) -> dict[str, Kept]:
+    """Read a file of `evaluate_each` with the fingerprints of its dictionaries.
 
     Args:
         path: The file.
@@ -115,7 +148,10 @@ def read_results(path: Path, *, run: Mapping[str, str] | None = None) -> dict[st
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         found: dict[str, str] = content["run"]
-        results = {name: EvalResult.from_json(json.dumps(fields)) for name, fields in content["results"].items()}
+        kept = {
+            name: Kept(content["fingerprints"][name], EvalResult.from_json(json.dumps(fields)))
+            for name, fields in content["results"].items()
+        }
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"{path} is no file of results ({type(error).__name__}: {error}). Give another name, or remove it."
@@ -125,12 +161,16 @@ def read_results(path: Path, *, run: Mapping[str, str] | None = None) -> dict[st
             f"{key} {found.get(key)!r}, now {run[key]!r}" for key in run if found.get(key) != run[key]
         )
         raise ValueError(f"{path} holds the results of another run: {differing}. Give another name, or remove it.")
-    return results
+    return kept
 
 
-def write_results(path: Path, results: Mapping[str, EvalResult], *, run: Mapping[str, str]) -> None:
+def write_kept(path: Path, kept: Mapping[str, Kept], *, run: Mapping[str, str]) -> None:
     """Write a file of `evaluate_each`, whole or not at all."""
-    content = {"run": dict(run), "results": {name: json.loads(result.to_json()) for name, result in results.items()}}
+    content = {
+        "run": dict(run),
+        "fingerprints": {name: fingerprint for name, (fingerprint, _) in kept.items()},
+        "results": {name: json.loads(result.to_json()) for name, (_, result) in kept.items()},
+    }
     part = path.with_name(path.name + ".part")
     try:
         part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -27,10 +27,11 @@ def locate(release: Release, folder: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: None of these places holds the file; the message lists them.
+        ValueError: The file's own path says that it is another dictionary.
     """
     folder = Path(folder)
     if folder.is_file():
-        return folder
+        return _agreeing(folder, release)
     if not folder.exists():
         raise FileNotFoundError(f"local_dir {folder} does not exist; it was to hold {release.file} of {release.repo}.")
     name = release.repo.rsplit("/", maxsplit=1)[-1]
@@ -38,13 +39,30 @@ def locate(release: Release, folder: str | Path) -> Path:
     places = [place / release.file for place in (*below, folder)] + [folder / FILE_NAME]
     for place in places:
         if place.is_file():
-            return place
+            return _agreeing(place, release)
     looked = "".join(f"\n  {place}" for place in places)
     there = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
     raise FileNotFoundError(
         f"{release} is not in {folder}, which holds {there}. Looked at:{looked}\n"
         f"Copy the file to one of these places, or leave local_dir out to download it."
     )
+
+
+def _agreeing(file: Path, release: Release) -> Path:
+    """Refuse a single file whose own path says that it is another dictionary; most say nothing."""
+    owner, *inside = ("", "", "", "", *file.resolve().parent.parts)[-4:]
+    own, wanted = parse_path("/".join(inside)), parse_path("/".join(release.path.split("/")[-3:]))
+    if own is None or wanted is None:
+        return file
+    # A folder named "canonical" states no L0.
+    states_l0 = own.l0 is not None and wanted.l0 is not None
+    other_repo = bool(release.repo) and full_name(owner) in REPOS and full_name(owner) != release.repo
+    if other_repo or own[:2] != wanted[:2] or (states_l0 and own.l0 != wanted.l0):
+        raise ValueError(
+            f"{file} is another dictionary by its own path than {release}, which was asked for. Give the folder that "
+            "holds that one, or ask for this one."
+        )
+    return file
 
 
 def open_suite(folder: str | Path, *, site: Site | None = None, model: str = "") -> list[Release]:

@@ -84,8 +84,8 @@ def find(
         repo: Repository, with or without "google/".
 
     Raises:
-        KeyError: A model, site, layer, width or repository that no dictionary has. Known values that do not occur
-            together give an empty list.
+        KeyError: A model, site, layer, width or repository that no dictionary has, or an L0 that is neither a number
+            nor "canonical". Known values that do not occur together give an empty list.
     """
     model = None if model is None else full_name(model)
     repo = None if repo is None else full_name(repo)
@@ -93,6 +93,7 @@ def find(
     _check("model", model, [*MODELS])
     _check("site", site, SITES)
     _check("repository", repo, [*REPOS])
+    _check_l0(l0)
     _check("layer", layer, sorted({cell.layer for cell in _cells() if cell.layer is not None}))
     if wanted is not None and all(cell.width != wanted for cell in _cells()):
         raise KeyError(unknown("width", width, [width_name(w) for w in sorted({cell.width for cell in _cells()})]))
@@ -128,8 +129,10 @@ def pick(
             and the L0 nearest to 100 where upstream froze none.
 
     Raises:
-        KeyError: There is no such model, site, layer or width; the message lists what there is.
+        KeyError: There is no such model, site, layer or width; the message lists what there is. Or the L0 is neither
+            a number nor "canonical".
     """
+    _check_l0(l0)
     cell = _cell(model, site, layer, width)
     if l0 != "canonical":
         return cell.release(cell.nearest(l0))
@@ -188,7 +191,7 @@ def from_path(repo: str, path: str) -> Release:
 
 
 def from_neuronpedia(source: str) -> Release:
-    """Find the dictionary behind a Neuronpedia id, e.g. "gemma-2-2b/20-gemmascope-res-16k".
+    """Find the dictionary behind a Neuronpedia id, e.g. "gemma-2-2b/20-gemmascope-res-16k", also with "google/".
 
     Ids of one dictionary with a suffix, "...__l0-38", are known where upstream lists dashboards for it; the canonical
     dictionary answers to its plain id and, where it has one, to its suffixed id. `Release.neuronpedia` is the way back.
@@ -197,6 +200,7 @@ def from_neuronpedia(source: str) -> Release:
         KeyError: No dictionary has this id; the message names the nearest.
     """
     known = _by_neuronpedia()
+    source = source.removeprefix("google/")
     if source not in known:
         raise KeyError(unknown("dictionary with the Neuronpedia id", source, _near_ids(source, known)))
     cell, l0 = known[source]
@@ -291,6 +295,11 @@ def _nearest_paths(path: str, listed: list[str]) -> list[str]:
 def _check(kind: str, value: object, known: Sequence[object]) -> None:
     if value is not None and value not in known:
         raise KeyError(unknown(kind, value, known))
+
+
+def _check_l0(l0: int | str | None) -> None:
+    if isinstance(l0, str) and l0 != "canonical":
+        raise KeyError(f"l0={l0!r} is no choice of L0; give a number, e.g. 71, or 'canonical'.")
 
 
 def _ranges(numbers: Sequence[int]) -> str:

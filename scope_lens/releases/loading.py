@@ -13,6 +13,7 @@ as well.
 """
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from scope_lens.releases.folders import locate
 from scope_lens.releases.index import from_path
 from scope_lens.releases.npz import read_npz
 from scope_lens.releases.release import Release
-from scope_lens.releases.sites import REPOS, activation_width, hooks_for, unknown
+from scope_lens.releases.sites import REPOS, activation_width, full_name, hooks_for, unknown
 from scope_lens.sae import HookedSAE
 from scope_lens.sae_config import SpecialPosition
 
@@ -52,9 +53,10 @@ def load(
         FileNotFoundError: The folder lacks the file; or it is not in the cache and the hub cannot be reached.
         ConnectionError: The download broke off.
         OSError: No room on the disk.
-        ValueError: The file is not what its path says, or both `revision` and `local_dir` are given.
+        ValueError: The file is not what its path says; its path says that it is of another release; both `revision`
+            and `local_dir` are given; or what `read_npz` refuses.
     """
-    _check(release)
+    release = _checked(release)
     if local_dir is None:
         if not release.repo:
             raise ValueError(
@@ -84,16 +86,18 @@ def load(
     )
 
 
-def _check(release: Release) -> None:
-    """Refuse a record made by hand whose fields contradict its path."""
+def _checked(release: Release) -> Release:
+    """Complete the names of a record made by hand, and refuse one whose fields contradict its path."""
     if not release.repo:
-        return
+        return release
+    release = replace(release, repo=full_name(release.repo), model=full_name(release.model))
     if release.repo not in REPOS:
         raise KeyError(unknown("repository", release.repo, REPOS))
     path = from_path(release.repo, release.path)
     said, found = (release.model, release.site, release.layer), (path.model, path.site, path.layer)
     if said != found:
         raise ValueError(f"{release} is {found} by its path, but the record says {said}; use from_path(repo, path).")
+    return release
 
 
 def _untrained(release: Release) -> tuple[SpecialPosition, ...]:

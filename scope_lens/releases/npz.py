@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scope_lens.releases.placement import check_device, check_dtype
 from scope_lens.releases.release import FILE_NAME
 from scope_lens.sae import HookedSAE
 from scope_lens.sae_config import SAEConfig, SpecialPosition
@@ -90,8 +91,11 @@ def read_npz(
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The file is truncated, empty, pickled, no npz archive, or does not hold the five arrays in shapes
-            that fit together and numbers that are finite.
+            that fit together and numbers that are finite; `dtype` is none for weights, or too narrow for these; this
+            machine has no such device.
     """
+    check_dtype(dtype)
+    device = check_device(device)
     source = _file_of(Path(file))
     exact = torch.float32 if dtype in _HALF else dtype
     with _opened(source) as archive:
@@ -103,11 +107,14 @@ def read_npz(
                 f"dictionary of {hook_in!r} alone; name another hook_out."
             )
         state = {
-            name: _fill(archive, name, header, device=device, dtype=dtype if name in _LARGE else exact)
+            name: _fill(archive, source, name, header, device=device, dtype=dtype if name in _LARGE else exact)
             for name, header in headers.items()
         }
     for name in ("b_enc", "b_dec", "threshold"):
-        state[name] = (state[name] * scale).to(exact if name == "threshold" else dtype)
+        exactly = state[name] * scale
+        state[name] = exactly.to(exact if name == "threshold" else dtype)
+        if exactly.isfinite().all() and not state[name].isfinite().all():
+            raise ValueError(_too_narrow(f"{source}: {name}", dtype))
     cfg = SAEConfig(
         d_in=sizes.d_in,
         d_out=sizes.d_out,
@@ -229,16 +236,17 @@ def _check_shapes(headers: dict[str, _Header], source: Path, width: int | None) 
 
 def _fill(
     archive: zipfile.ZipFile,
+    source: Path,
     name: str,
     header: _Header,
     *,
-    device: str | torch.device,
+    device: torch.device,
     dtype: torch.dtype,
 ) -> Tensor:
     """Allocate one array's tensor and fill it piece by piece."""
     # An array in column order is the transpose of one in row order, so its numbers fill the transpose's rows.
     shape = header.shape[::-1] if header.fortran else header.shape
-    whole = _allocate(shape, dtype, torch.device(device))
+    whole = _allocate(shape, dtype, device)
     rows = whole.view(-1)
     direct = header.dtype == np.dtype("<f4") and dtype == torch.float32 and whole.device.type == "cpu"
     with archive.open(f"{name}.npy") as member:
@@ -246,7 +254,7 @@ def _fill(
         if direct:
             _read_into(member, rows.numpy().data.cast("B"))
         else:
-            _read_cast(member, rows, header.dtype)
+            _read_cast(member, rows, header.dtype, where=f"{source}: {name}")
     return whole.t().contiguous() if header.fortran else whole
 
 
@@ -264,14 +272,18 @@ def _read_into(member: _Stream, target: memoryview) -> None:
         target[start : start + count] = _read(member, count)
 
 
-def _read_cast(member: _Stream, target: Tensor, dtype: np.dtype[np.floating]) -> None:
+def _read_cast(member: _Stream, target: Tensor, dtype: np.dtype[np.floating], *, where: str) -> None:
     """Read a member's numbers into a tensor of another dtype or device, through a buffer of one piece."""
     buffer = np.empty(_PIECE // dtype.itemsize, dtype=dtype)
     held, staged = buffer.data.cast("B"), torch.from_numpy(buffer)
+    # bfloat16 reaches as far as float32, so that cast needs no look at every number.
+    may_overflow = 2 * torch.finfo(target.dtype).max < float(np.finfo(dtype).max)
     for start in range(0, target.numel(), buffer.size):
         count = min(buffer.size, target.numel() - start)
         held[: count * dtype.itemsize] = _read(member, count * dtype.itemsize)
-        target[start : start + count].copy_(staged[:count])
+        piece = target[start : start + count].copy_(staged[:count])
+        if may_overflow and not piece.isfinite().all() and staged[:count].isfinite().all():
+            raise ValueError(_too_narrow(where, target.dtype))
 
 
 def _read(member: _Stream, count: int) -> bytes:
@@ -280,6 +292,13 @@ def _read(member: _Stream, count: int) -> bytes:
     if len(piece) != count:
         raise EOFError(f"{count - len(piece)} bytes short")
     return piece
+
+
+def _too_narrow(where: str, dtype: torch.dtype) -> str:
+    return (
+        f"{where} holds finite numbers that {dtype} cannot (its largest is {torch.finfo(dtype).max:.4g}). The file is "
+        "whole; use dtype=torch.bfloat16 or torch.float32."
+    )
 
 
 def _damaged(source: Path, error: Exception) -> str:

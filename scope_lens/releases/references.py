@@ -5,6 +5,8 @@ A reference is one of
 1. a file or folder on disk: a `params.npz`, a folder that `HookedSAE.save` wrote, or a suite in Gemma Scope's layout;
 2. a Neuronpedia id: "gemma-2-2b/20-gemmascope-res-16k";
 3. a repository and a path inside it: "google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71".
+
+The organisation "google/" may be left out of a repository, and put before a Neuronpedia id.
 """
 
 from collections.abc import Callable
@@ -26,10 +28,11 @@ def release_of(reference: str) -> Release:
     Raises:
         KeyError: Gemma Scope has no such dictionary; the message names the nearest.
     """
-    if "-gemmascope-" in reference and reference.count("/") == 1:
+    if "-gemmascope-" in reference and reference.removeprefix("google/").count("/") == 1:
         return from_neuronpedia(reference)
     pieces = reference.split("/")
-    repo, path = "/".join(pieces[:2]), "/".join(pieces[2:])
+    owned = 1 if full_name(pieces[0]) in REPOS else 2
+    repo, path = "/".join(pieces[:owned]), "/".join(pieces[owned:])
     if not path:
         raise KeyError(
             f"{reference!r} names no dictionary. Write repo/path, e.g. "

@@ -9,7 +9,9 @@ its cell (layer and width) or has dashboards. This script
 1. merges the entries of one file,
 2. adds the transcoders that the source leaves out: it lists the sparsest of each layer, and the second and third
    sparsest exist too (52 files; L0s as circuit-tracer's configurations name them),
-3. drops the dashboard ids that contradict their file (an id of another layer, width or L0),
+3. drops the dashboard ids that contradict their file: the listing gives gemma-2-9b/20-gemmascope-res-131k__l0-10 and
+   ...__l0-12 to layer_2/width_16k/average_l0_8 and layer_20/width_131k/average_l0_114, so nothing says which
+   dictionaries these two dashboards show,
 4. writes one row for each cell: [L0s], canonical L0, L0 of the plain Neuronpedia id, L0s with an id of their own,
 5. with `--pin`, asks the hub for the present commit of each repository and stores it as the pinned revision. Without
    it the pins of the existing index are kept; an empty pin means that no commit is known.
