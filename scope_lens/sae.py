@@ -37,6 +37,8 @@ _HALF = (torch.bfloat16, torch.float16)
 _SPARSE_DENSITY = 0.05
 _SPARSE_MIN_WIDTH = 512
 _DENSITY_SAMPLE = 16
+_REREADS = 4  # active entries for each row of W_dec from which blocking pays
+_BLOCK = 128  # columns: 8 MB at 16k latents
 
 
 class HookedSAE(HookedRootModule):
@@ -358,7 +360,16 @@ def _gather_rows(acts: Float[Tensor, "*batch d_sae"], weight: Float[Tensor, "d_s
     rows, latents = flat.nonzero(as_tuple=True)
     ends = torch.bincount(rows, minlength=flat.shape[0]).cumsum(0)
     starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-    out = nn.functional.embedding_bag(latents, weight, starts, mode="sum", per_sample_weights=flat[rows, latents])
+    values = flat[rows, latents]
+
+    def gathered(columns: Tensor) -> Tensor:
+        return nn.functional.embedding_bag(latents, columns, starts, mode="sum", per_sample_weights=values)
+
+    if len(latents) < _REREADS * len(weight):
+        out = gathered(weight)
+    else:
+        # Rows are read again and again: blocks of columns that stay in the cache pay for being copied.
+        out = torch.cat([gathered(block.contiguous()) for block in weight.split(_BLOCK, dim=1)], dim=1)
     return out.reshape(*acts.shape[:-1], weight.shape[1])
 
 

@@ -147,7 +147,7 @@ def test_threshold_stays_float32_through_casts(random_sae, tmp_path):
     assert sae.double().threshold.dtype == torch.float64
 
 
-@pytest.mark.parametrize(("rows", "active"), [(1, 5), (64, 20), (0, 0), (33, 0)])
+@pytest.mark.parametrize(("rows", "active"), [(1, 5), (64, 20), (0, 0), (33, 0), (300, 60)])
 def test_sparse_decode_equals_the_dense_product(random_sae, rows, active):
     sae = random_sae("a", "b", d_in=8, d_out=600, d_sae=2048)
     acts = torch.zeros(rows, 2048)
