@@ -1,14 +1,66 @@
-"""From text to rows of token ids: documents one after the other, BOS in front of each document and of each row."""
+"""From what a user hands over, text or token ids, to rows of token ids.
 
-from collections.abc import Sequence
+1. Text is packed: documents one after the other, BOS in front of each document and of each row.
+2. Token tensors are taken as they are, after a check for what would make the numbers wrong without a sound.
+3. Neighbours of one width are joined, so that a caller can cut them into batches of its own.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens import TransformerBridge
 
 from scope_lens.model import ScopeModel
 from scope_lens.special_tokens import SpecialTokens, special_token_ids
+
+# The tensors of an iterable are (seq, pos) too, each with sizes of its own; a name would ask for the same ones.
+Tokens = Int[Tensor, "seq pos"] | Iterable[Int[Tensor, "_ _"]] | Sequence[str]
+
+
+def token_rows(
+    model: ScopeModel, tokens: Tokens, *, context: int, purpose: Literal["evaluate", "harvest"] = "evaluate"
+) -> list[Int[Tensor, "_ _"]]:
+    """Check and collect rows of token ids, on the CPU; consecutive tensors of one width are joined.
+
+    Args:
+        model: Its context length, vocabulary and special ids are checked against.
+        tokens: One tensor, several (a generator too), or documents.
+        context: Row length for text, at most; a shorter context of the model is kept to.
+        purpose: What they are for; the errors say it.
+
+    Raises:
+        ValueError: No tokens, a wrong shape or dtype, rows longer than the model's context, ids outside the vocabulary,
+            or rows without BOS on a model that expects it.
+    """
+    if isinstance(tokens, str):
+        tokens = [tokens]
+    given: list[Tensor | str] = [tokens] if isinstance(tokens, Tensor) else list(tokens)
+    texts = [item for item in given if isinstance(item, str)]
+    tensors = [item for item in given if isinstance(item, Tensor)]
+    if len(texts) == len(given) > 0:
+        tensors = [pack(model, texts, context=min(context, int(model.model.cfg.n_ctx)))]
+    elif len(tensors) < len(given):
+        kinds = sorted({type(item).__name__ for item in given})
+        raise ValueError(
+            f"tokens holds {kinds}; expected token tensors of shape (seq, pos), or documents, not a mixture."
+        )
+
+    special = special_token_ids(model.model)
+    joined: list[list[Tensor]] = []
+    for index, tensor in enumerate(tensors):
+        rows = _checked(model.model, tensor, special, index)
+        if not rows.numel():
+            continue
+        if joined and joined[-1][0].shape[1] == rows.shape[1]:
+            joined[-1].append(rows)
+        else:
+            joined.append([rows])
+    if not joined:
+        raise ValueError(f"There are no tokens to {purpose}: nothing was given, or only empty tensors.")
+    return [torch.cat(rows) for rows in joined]
 
 
 def pack(model: ScopeModel, texts: Sequence[str], *, context: int) -> Int[Tensor, "row context"]:
@@ -63,3 +115,45 @@ def pack(model: ScopeModel, texts: Sequence[str], *, context: int) -> Int[Tensor
 def expects_bos(bridge: TransformerBridge, special: SpecialTokens) -> bool:
     """Whether the model was trained with a BOS in front of every sequence, as far as TransformerLens knows."""
     return bool(special.bos) and bool(getattr(bridge.cfg, "default_prepend_bos", True))
+
+
+def leading_pad(tokens: Int[Tensor, "seq pos"], special: SpecialTokens) -> Bool[Tensor, "seq pos"]:
+    """Mark the PAD ids in front of each row's first real token; a BOS that is also the PAD counts as real."""
+    pad = [i for i in special.pad if i not in special.bos]
+    return torch.isin(tokens, torch.tensor(pad, dtype=tokens.dtype, device=tokens.device)).cumprod(1).bool()
+
+
+def _checked(bridge: TransformerBridge, tensor: Tensor, special: SpecialTokens, index: int) -> Tensor:
+    where = f"tokens (tensor {index})"
+    if tensor.ndim != 2 or tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ValueError(
+            f"{where}: expected integer ids of shape (seq, pos), found {tensor.dtype} of shape {tuple(tensor.shape)}. "
+            "Add the sequence axis with tokens[None]."
+        )
+    rows = tensor.detach().to("cpu", torch.long)
+    if not rows.numel():
+        return rows
+    n_ctx, vocabulary = int(bridge.cfg.n_ctx), int(bridge.cfg.d_vocab)
+    if rows.shape[1] > n_ctx:
+        raise ValueError(
+            f"{where}: rows of {rows.shape[1]} tokens, but the model's context is {n_ctx}. Cut them into shorter rows, "
+            "each with a BOS in front; scope_lens.evaluation.pack does it for text."
+        )
+    low, high = (int(bound) for bound in rows.aminmax())
+    if low < 0 or high >= vocabulary:
+        raise ValueError(
+            f"{where}: ids from {low} to {high}, but the model's vocabulary has the ids 0 to {vocabulary - 1}. Were "
+            "they made by another model's tokenizer?"
+        )
+    if expects_bos(bridge, special):
+        real = ~leading_pad(rows, special)
+        first = rows.gather(1, real.long().argmax(1, keepdim=True))[:, 0]
+        missing = real.any(1) & ~torch.isin(first, torch.tensor(special.bos))
+        if missing.any():
+            row = int(missing.nonzero()[0])
+            raise ValueError(
+                f"{where}: {int(missing.sum())} of {len(rows)} rows do not begin with BOS (id {special.bos[0]}); row "
+                f"{row} begins with {int(first[row])}. The model was trained with it and needs it. "
+                "Put BOS in front of every row: scope_lens.evaluation.pack and model.to_tokens do."
+            )
+    return rows

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import re
+import shutil
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch
 from scope_lens.model import ScopeModel
 from scope_lens.training import ActivationStore
 from scope_lens.training import harvest as harvesting
+from scope_lens.training import store as storing
 
 RES, Z = "blocks.0.hook_resid_post", "blocks.1.attn.hook_z"
 NORMED, MLP = "blocks.1.ln2.hook_normalized", "blocks.1.hook_mlp_out"
@@ -134,10 +137,11 @@ def test_text_is_packed_behind_bos_and_every_token_of_it_is_kept(shared_data, mo
     documents = ["Once upon a time there was a cat."] * 9
     plan = harvesting.HarvestPlan.make(model, documents, sites=[RES], rows=10**6, seed=0)
     ids = model.model.tokenizer(documents[0], add_special_tokens=False)["input_ids"]
-    assert plan.tokens.shape[1] == 32
-    assert (plan.tokens[:, 0] == BOS).all()
+    (tokens,), (row_of,) = plan.tokens, plan.row_of
+    assert tokens.shape[1] == 32
+    assert (tokens[:, 0] == BOS).all()
     assert plan.rows == 9 * len(ids)
-    assert plan.tokens[plan.row_of >= 0].tolist() == ids * 9
+    assert tokens[row_of >= 0].tolist() == ids * 9
     store = ActivationStore.harvest(model, documents[:1], sites=[RES], progress=False)
     assert store.rows == len(ids)
 
@@ -155,8 +159,8 @@ def test_a_folder_gives_what_memory_gives(model, tokens, tmp_path, dtype):
     assert [entry.name for entry in tmp_path.iterdir()] == ["store"]
 
 
-def test_a_killed_harvest_goes_on_where_it_stopped(model, tokens, tmp_path, monkeypatch):
-    monkeypatch.setattr(harvesting, "_BATCHES_BETWEEN_NOTES", 1)
+def test_a_killed_harvest_goes_on_where_it_stopped(model, tokens, tmp_path, monkeypatch, capsys):
+    """With settings of its own: a harvest of a few batches notes what is done when it is broken off."""
     whole = harvest(model, tokens)
     run, seen = harvesting._activations, []
 
@@ -175,11 +179,93 @@ def test_a_killed_harvest_goes_on_where_it_stopped(model, tokens, tmp_path, monk
         harvest(model, tokens, path=tmp_path / "store", seed=7)
     seen.clear()
     monkeypatch.setattr(harvesting, "_activations", lambda *a, **k: seen.append(len(a[1])) or run(*a, **k))
-    resumed = harvest(model, tokens, path=tmp_path / "store")
+    capsys.readouterr()
+    resumed = harvest(model, tokens, path=tmp_path / "store", progress=True)
+    assert re.search(r"harvest, resumed:  60%.* 6/10 ", capsys.readouterr().err)
     assert [n for n in seen if n != 1] == [3]  # two batches of three were kept; one of three and the last one were left
     assert resumed.manifest == whole.manifest
     for site in SITES:
         assert torch.equal(*(next(store.batches(site, size=999))[0] for store in (whole, resumed)))
+
+
+def rows_at(store, site=RES):
+    return store.take([site], torch.arange(store.rows))[0]
+
+
+def test_a_harvest_that_dies_without_a_word_has_noted_its_progress(model, tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr(storing, "_SECONDS_BETWEEN_NOTES", 0)
+    snapshots = []
+
+    def photograph(*args, **settings):
+        if (tmp_path / "store.part" / "site_0.npy").exists():
+            snapshots.append(shutil.copytree(tmp_path / "store.part", tmp_path / f"{len(snapshots)}" / "store.part"))
+        return run(*args, **settings)
+
+    run = harvesting._activations
+    monkeypatch.setattr(harvesting, "_activations", photograph)
+    whole = harvest(model, tokens, path=tmp_path / "store", sites=[RES])
+    monkeypatch.setattr(harvesting, "_activations", run)
+    assert [json.loads((part / "progress.json").read_text())["sequences"] for part in snapshots] == [0, 3, 6, 9]
+    for part in snapshots:  # what a kill before this batch would have left
+        resumed = harvest(model, tokens, path=part.parent / "store", sites=[RES])
+        assert torch.equal(rows_at(resumed), rows_at(whole))
+
+
+def test_a_harvest_begun_anew_forgets_the_old_note(model, tokens, tmp_path, monkeypatch):
+    run, calls = harvesting._activations, []
+
+    def dying(*args, **settings):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return run(*args, **settings)
+
+    monkeypatch.setattr(harvesting, "_activations", dying)
+    with pytest.raises(KeyboardInterrupt):
+        harvest(model, tokens, path=tmp_path / "store")
+    note = tmp_path / "store.part" / "progress.json"
+    assert json.loads(note.read_text())["sequences"] == 3
+    seen = []
+    monkeypatch.setattr(
+        harvesting, "_activations", lambda *a, **k: seen.append(json.loads(note.read_text())) or run(*a, **k)
+    )
+    harvest(model, tokens, path=tmp_path / "store", resume=False)
+    assert seen[1]["sequences"] == 0
+
+
+@pytest.mark.parametrize("pad", [BOS, EOS], ids=["pad is bos", "pad is eos"])
+@pytest.mark.parametrize("architecture", ["gemma2", "gpt2"])
+def test_a_pad_that_is_bos_or_eos_hides_neither(hf_model, tokens, architecture, pad):
+    hf = hf_model(architecture)
+    hf.config.bos_token_id, hf.config.eos_token_id, hf.config.pad_token_id = BOS, EOS, pad
+    model = ScopeModel.from_hf(hf)
+    tokens[4, 9:] = pad
+    mask = torch.ones_like(tokens)
+    if pad == EOS:  # in front of BOS it is padding
+        tokens[5, :4], tokens[5, 4], mask[5, :4] = EOS, BOS, 0
+    _, cache = model.model.run_with_cache(tokens, attention_mask=mask)
+    store = harvest(model, tokens, sites=RES)
+    torch.testing.assert_close(rows_at(store), cache[RES][(tokens != BOS) & (tokens != EOS)], rtol=1e-5, atol=1e-5)
+
+
+def test_tensors_of_several_widths_are_harvested_one_after_the_other(model, tokens, tmp_path, monkeypatch):
+    parts = [tokens[:4], tokens[4:7, :9], tokens[7:, :9]]
+    expected = torch.cat([rows_at(harvest(model, part, sites=RES)) for part in parts])
+    store = harvest(model, iter(parts), sites=RES, path=tmp_path / "store")
+    torch.testing.assert_close(rows_at(store), expected, rtol=1e-5, atol=1e-5)
+    run, calls = harvesting._activations, []
+
+    def dying(*args, **settings):
+        calls.append(1)
+        if len(calls) == 5:  # after the two batches of the first width and one of the second
+            raise KeyboardInterrupt
+        return run(*args, **settings)
+
+    monkeypatch.setattr(harvesting, "_activations", dying)
+    with pytest.raises(KeyboardInterrupt):
+        harvest(model, parts, sites=RES, path=tmp_path / "broken")
+    assert json.loads((tmp_path / "broken.part" / "progress.json").read_text())["sequences"] == 7
+    assert torch.equal(rows_at(harvest(model, parts, sites=RES, path=tmp_path / "broken")), rows_at(store))
 
 
 def test_a_finished_folder_is_opened_again_or_refused(model, tokens, tmp_path):
@@ -203,10 +289,21 @@ def test_bad_requests_are_refused(model, tokens, tmp_path):
         harvest(model, tokens, sites=[RES, RES])
     with pytest.raises(ValueError, match="no activation to harvest"):
         harvest(model, torch.full((3, 4), BOS))
-    with pytest.raises(ValueError, match="no activation to harvest"):
-        harvest(model, tokens, rows=0)
-    with pytest.raises(ValueError, match=r"at most 128 positions.*found \(10, 132\)"):
+    for rows in (0, -1):
+        with pytest.raises(ValueError, match=f"rows is {rows}; expected 1 row or more"):
+            harvest(model, tokens, rows=rows)
+    with pytest.raises(ValueError, match="batch_size is 0; expected 1 sequence or more"):
+        harvest(model, tokens, batch_size=0)
+    with pytest.raises(ValueError, match="rows of 132 tokens, but the model's context is 128"):
         harvest(model, tokens.repeat(1, 11))
+    with pytest.raises(ValueError, match=r"expected integer ids of shape \(seq, pos\), found torch.float32"):
+        harvest(model, iter([tokens.float()]))
+    with pytest.raises(ValueError, match="ids from 1 to 199, but the model's vocabulary has the ids 0 to 198"):
+        harvest(model, tokens.clamp(min=1).index_fill(1, torch.tensor(7), 199))
+    with pytest.raises(ValueError, match=r"10 of 10 rows do not begin with BOS \(id 2\)"):
+        harvest(model, tokens[:, 1:])
+    with pytest.raises(ValueError, match="no tokens to harvest: nothing was given"):
+        harvest(model, [])
     with pytest.raises(ValueError, match=r"dtype=torch\.float64"):
         harvest(model, tokens, dtype=torch.float64)
     with pytest.raises(ValueError, match="Text needs a tokenizer and this model has none"):

@@ -3,7 +3,8 @@
 1. Documents become token sequences; special positions are left out, and a random sample of the others is drawn.
 2. Every kept position has its row number before the first forward, so a harvest that is taken up again writes what an
    unbroken one would have written. Rows stand in the order of the text; a reader shuffles them.
-3. The model runs batch by batch, and each forward is broken off as soon as the last site has fired.
+3. The model runs batch by batch, and each forward is broken off as soon as the last site has fired. Leading padding is
+   masked out; padding behind the text cannot act on it.
 """
 
 import contextlib
@@ -18,12 +19,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from scope_lens.model import ScopeModel
-from scope_lens.packing import pack
+from scope_lens.packing import Tokens, leading_pad, token_rows
 from scope_lens.sites import Sites
-from scope_lens.special_tokens import special_token_ids, untrained_positions
+from scope_lens.special_tokens import SpecialTokens, special_token_ids, untrained_positions
 
 _LONGEST_CONTEXT = 1_024  # Gemma Scope's, arXiv 2408.05147, section 3.1
-_BATCHES_BETWEEN_NOTES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,20 +33,20 @@ class HarvestPlan:
     Attributes:
         model: The language model.
         model_name: Its name.
-        tokens: Token ids.
-        row_of: Row number of each position, -1 where it is left out.
+        tokens: Token ids, one tensor for each run of sequences of one length.
+        row_of: Row number of each position of each tensor, -1 where it is left out.
         widths: Each site's width, flattened over heads.
-        pad: Ids of padding tokens.
+        special: Ids of special tokens.
         rows: Number of rows.
         fingerprint: Hash of the tokens, the settings and the model.
     """
 
     model: ScopeModel
     model_name: str
-    tokens: Int[Tensor, "seq pos"]
-    row_of: Int[Tensor, "seq pos"]
+    tokens: Sequence[Int[Tensor, "_ _"]]
+    row_of: Sequence[Int[Tensor, "_ _"]]
     widths: Mapping[str, int]
-    pad: tuple[int, ...]
+    special: SpecialTokens
     rows: int
     fingerprint: str
 
@@ -54,9 +54,9 @@ class HarvestPlan:
     def make(
         cls,
         model: ScopeModel,
-        text_or_tokens: Sequence[str] | Int[Tensor, "seq pos"],
+        text_or_tokens: Tokens,
         *,
-        sites: Sequence[str],
+        sites: str | Sequence[str],
         rows: int,
         seed: int,
     ) -> "HarvestPlan":
@@ -64,49 +64,49 @@ class HarvestPlan:
 
         Raises:
             KeyError: The model has no such hook.
-            ValueError: No site, no row to keep, a site that does not fire, or token ids of a wrong shape.
+            ValueError: No site, no row to keep, a site that does not fire, or tokens that `token_rows` refuses.
         """
+        sites = (sites,) if isinstance(sites, str) else tuple(sites)
         if not sites or len(set(sites)) != len(sites):
             raise ValueError(f"A harvest needs one or more sites, each named once; found {list(sites)}.")
+        if rows < 1:
+            raise ValueError(f"rows is {rows}; expected 1 row or more.")
         bridge = model.model
         known = Sites(bridge)
         for site in sites:
             known.resolve(bridge, site)
         special = special_token_ids(bridge)
-        if isinstance(text_or_tokens, Tensor):
-            tokens = text_or_tokens.cpu().long()
-        else:
-            documents = [text_or_tokens] if isinstance(text_or_tokens, str) else text_or_tokens
-            tokens = pack(model, documents, context=min(int(bridge.cfg.n_ctx), _LONGEST_CONTEXT))
-        if tokens.ndim != 2 or tokens.shape[1] > bridge.cfg.n_ctx:
-            raise ValueError(
-                f"Token ids have the shape (seq, pos), with at most {bridge.cfg.n_ctx} positions for this model; found "
-                f"{tuple(tokens.shape)}."
-            )
-        counted = ~untrained_positions(tokens, special, ("bos", "eos", "pad"))
-        positions = counted.flatten().nonzero().flatten()
+        tokens = token_rows(model, text_or_tokens, context=_LONGEST_CONTEXT, purpose="harvest")
+        counted = [~untrained_positions(part, special, ("bos", "eos", "pad")).flatten() for part in tokens]
+        positions = torch.cat(counted).nonzero().flatten()
+        shapes = " ".join(str(tuple(part.shape)) for part in tokens)
         order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(seed))[:rows]
         if len(order) == 0:
             raise ValueError(
-                f"There is no activation to harvest: {tuple(tokens.shape)} tokens hold {len(positions)} that are "
-                f"not BOS, EOS or padding, and rows={rows}. Give the harvest text, or more rows."
+                f"There is no activation to harvest: all of the {shapes} tokens are BOS, EOS or padding. Give the "
+                "harvest text."
             )
-        row_of = torch.full((tokens.numel(),), -1)
+        row_of = torch.full((sum(part.numel() for part in tokens),), -1)
         row_of[positions[order.sort().values]] = torch.arange(len(order))
         name = str(bridge.cfg.model_name)
-        settings = f"{name} {list(model.attached)} {tuple(tokens.shape)} {list(sites)} {rows} {seed}"
-        fingerprint = hashlib.sha256(settings.encode() + tokens.numpy().tobytes())
+        settings = f"{name} {list(model.attached)} {shapes} {list(sites)} {rows} {seed}"
+        fingerprint = hashlib.sha256(settings.encode())
+        for part in tokens:
+            fingerprint.update(part.numpy().tobytes())
         # The first weights of each parameter tell one checkpoint of a model from another.
         for parameter in bridge.parameters():
             fingerprint.update(parameter.detach().flatten()[:64].cpu().float().numpy().tobytes())
-        caught = _activations(model, tokens[:1, :2], sites=sites, pad=special.pad)
+        caught = _activations(model, tokens[0][:1, :2], sites=sites, special=special)
         return cls(
             model=model,
             model_name=name,
             tokens=tokens,
-            row_of=row_of.view_as(tokens),
+            row_of=[
+                rows.view_as(part)
+                for rows, part in zip(row_of.split([part.numel() for part in tokens]), tokens, strict=True)
+            ],
             widths={site: rows.shape[-1] for site, rows in caught.items()},
-            pad=special.pad,
+            special=special,
             rows=len(order),
             fingerprint=fingerprint.hexdigest(),
         )
@@ -125,19 +125,29 @@ def fill(
         progress: Whether a progress bar is shown.
 
     Yields:
-        The number of sequences done, at intervals and at the end.
+        The number of sequences done, after each batch.
     """
-    starts = range(first, len(plan.tokens), batch_size)
-    for i, start in enumerate(tqdm(starts, desc="harvest", unit="batch", disable=not progress)):
-        row_of = plan.row_of[start : start + batch_size].flatten()
-        kept = row_of >= 0
-        if kept.any():
-            tokens = plan.tokens[start : start + batch_size]
-            for site, rows in _activations(plan.model, tokens, sites=tuple(plan.widths), pad=plan.pad).items():
-                arrays[site][row_of[kept]] = rows[kept].to(arrays[site].dtype)
-        if (i + 1) % _BATCHES_BETWEEN_NOTES == 0:
-            yield min(start + batch_size, len(plan.tokens))
-    yield len(plan.tokens)
+    done, total = first, sum(len(part) for part in plan.tokens)
+    label = "harvest, resumed" if first else "harvest"
+    with tqdm(total=total, initial=first, desc=label, unit="sequence", disable=not progress) as bar:
+        for tokens, row_of in _batches(plan, batch_size, first):
+            kept = row_of >= 0
+            if kept.any():
+                caught = _activations(plan.model, tokens, sites=tuple(plan.widths), special=plan.special)
+                for site, rows in caught.items():
+                    arrays[site][row_of[kept]] = rows[kept].to(arrays[site].dtype)
+            done += len(tokens)
+            bar.update(len(tokens))
+            yield done
+
+
+def _batches(plan: HarvestPlan, size: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Token ids and, flat, their row numbers, from sequence `first` on."""
+    passed = 0
+    for tokens, row_of in zip(plan.tokens, plan.row_of, strict=True):
+        for start in range(max(first - passed, 0), len(tokens), size):
+            yield tokens[start : start + size], row_of[start : start + size].flatten()
+        passed += len(tokens)
 
 
 class _Done(Exception):  # noqa: N818  a signal, not an error
@@ -145,7 +155,7 @@ class _Done(Exception):  # noqa: N818  a signal, not an error
 
 
 def _activations(
-    model: ScopeModel, tokens: Int[Tensor, "seq pos"], *, sites: Sequence[str], pad: tuple[int, ...]
+    model: ScopeModel, tokens: Int[Tensor, "seq pos"], *, sites: Sequence[str], special: SpecialTokens
 ) -> dict[str, Tensor]:
     """Each site's activations of a forward, one row for each position, flattened over heads at hook_z."""
     caught: dict[str, Tensor] = {}
@@ -161,14 +171,14 @@ def _activations(
 
     bridge = model.model
     device = next(iter(bridge.parameters())).device
-    mask = ~torch.isin(tokens, torch.tensor(pad, dtype=tokens.dtype))
-    kwargs: dict[str, Any] = {} if bool(mask.all()) else {"attention_mask": mask.long().to(device)}
+    padded = leading_pad(tokens, special)
+    mask = (~padded).long().to(device) if bool(padded.any()) else None
     with (
         torch.no_grad(),
         bridge.hooks(fwd_hooks=[(site, keep(site)) for site in sites]),
         contextlib.suppress(_Done),
     ):
-        bridge(tokens.to(device), use_cache=False, **kwargs)
+        bridge(tokens.to(device), attention_mask=mask, use_cache=False)
     silent = [site for site in sites if site not in caught]
     if silent:
         raise ValueError(f"The hooks {silent} did not fire in a forward; choose sites that are not gated.")

@@ -14,6 +14,7 @@ A folder under construction is called `<name>.part` and renamed when complete, s
 
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from scope_lens.model import ScopeModel
+from scope_lens.packing import Tokens
 from scope_lens.training.harvest import HarvestPlan, fill
 
 Batch = tuple[Float[Tensor, "batch d"], ...]
@@ -33,6 +35,7 @@ _NUMPY_DTYPES = {torch.bfloat16: np.int16, torch.float16: np.float16, torch.floa
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _NUMPY_DTYPES}
 _MANIFEST = "manifest.json"
 _PROGRESS = "progress.json"
+_SECONDS_BETWEEN_NOTES = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +79,9 @@ class ActivationStore:
     def harvest(
         cls,
         model: ScopeModel,
-        text_or_tokens: Sequence[str] | Int[Tensor, "seq pos"],
+        text_or_tokens: Tokens,
         *,
-        sites: Sequence[str],
+        sites: str | Sequence[str],
         path: Path | None = None,
         rows: int = 1_000_000,
         dtype: torch.dtype = torch.bfloat16,
@@ -90,13 +93,14 @@ class ActivationStore:
         """Run the model over the data and keep a random sample of rows of each site.
 
         The forward stops after the last layer that is needed. hook_z is flattened over heads. A killed harvest into a
-        folder goes on where it stopped; the same call on a finished folder opens it.
+        folder goes on where it stopped, and its progress bar begins there; the same call on a finished folder opens it.
 
         Args:
             model: The language model; dictionaries attached to it act.
-            text_or_tokens: Documents, or token ids with their special tokens. Documents are packed into sequences of
-                the model's context length (1,024 tokens at most), each sequence and each document beginning with BOS.
-            sites: Hook names.
+            text_or_tokens: Documents, or token ids with their special tokens, one tensor or several. Documents are
+                packed into sequences of the model's context length (1,024 tokens at most), each sequence and each
+                document beginning with BOS.
+            sites: Hook names, or one.
             path: Folder; None keeps the rows in memory.
             rows: Most rows to keep; fewer where the data has fewer.
             dtype: Dtype of the stored rows: bfloat16, float16 or float32.
@@ -108,10 +112,13 @@ class ActivationStore:
         Raises:
             KeyError: The model has no such hook.
             FileExistsError: `path` holds a finished store and `resume` is off.
-            ValueError: No row to keep, an unknown dtype, or `path` holds another harvest.
+            ValueError: Tokens that `evaluate` refuses too, no row to keep, a setting outside its range, an unknown
+                dtype, or `path` holds another harvest.
         """
         if dtype not in _NUMPY_DTYPES:
             raise ValueError(f"A store keeps rows as {sorted(_DTYPES)}; found dtype={dtype}.")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; expected 1 sequence or more.")
         plan = HarvestPlan.make(model, text_or_tokens, sites=sites, rows=rows, seed=seed)
         name = str(dtype).removeprefix("torch.")
         source = hashlib.sha256(f"{plan.fingerprint} {name}".encode()).hexdigest()[:16]
@@ -132,6 +139,8 @@ class ActivationStore:
         arrays: dict[str, Tensor] = {}
         maps: list[np.memmap[Any, Any]] = []
         part.mkdir(parents=True, exist_ok=True)
+        # Before the arrays: one that is begun anew must not find the note of the one that it overwrites.
+        _write_json(part / _PROGRESS, {"source": source, "sequences": first})
         for i, (site, width) in enumerate(plan.widths.items()):
             maps.append(
                 np.lib.format.open_memmap(
@@ -139,10 +148,14 @@ class ActivationStore:
                 )
             )
             arrays[site] = torch.from_numpy(maps[-1]).view(dtype)
-        for done in fill(plan, arrays, batch_size=batch_size, first=first, progress=progress):
-            for array in maps:
-                array.flush()
-            _write_json(part / _PROGRESS, {"source": source, "sequences": done})
+        done, noted = first, time.monotonic()
+        try:
+            for done in fill(plan, arrays, batch_size=batch_size, first=first, progress=progress):
+                if time.monotonic() - noted >= _SECONDS_BETWEEN_NOTES:
+                    _note(part, maps, source, done)
+                    noted = time.monotonic()
+        finally:
+            _note(part, maps, source, done)
         _write_json(part / _MANIFEST, asdict(_describe(plan, arrays, name, source)))
         (part / _PROGRESS).unlink(missing_ok=True)
         part.rename(path)
@@ -290,6 +303,13 @@ def _first_sequence(part: Path, source: str, *, resume: bool) -> int:
             "another path."
         )
     return int(progress["sequences"])
+
+
+def _note(part: Path, maps: Sequence["np.memmap[Any, Any]"], source: str, done: int) -> None:
+    """Note how many sequences are done, once their rows are on disk."""
+    for array in maps:
+        array.flush()
+    _write_json(part / _PROGRESS, {"source": source, "sequences": done})
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
