@@ -57,11 +57,21 @@ def test_warm_ups_follow_their_formulas():
         ({"width": 0}, "width is 0"),
         ({"sparsity": -1.0}, "sparsity is -1.0"),
         ({"lr_decay": 99}, "more than the run's 40"),
+        ({"adam_eps": 0.0}, "adam_eps is 0.0; it must be positive"),
+        ({"betas": (2.0, 1.0)}, r"betas is \(2.0, 1.0\); expected two numbers, each at least 0 and below 1"),
+        ({"betas": (0.0, float("nan"))}, "betas is"),
     ],
 )
 def test_a_setting_outside_its_range_is_refused(changes, words):
     with pytest.raises(ValueError, match=words):
         dataclasses.replace(SMALL, **changes)
+
+
+def test_an_unknown_parametrisation_is_refused():
+    cfg = dataclasses.replace(SMALL)
+    object.__setattr__(cfg, "threshold", "foo")  # the tests' type checker would refuse it before the config does
+    with pytest.raises(ValueError, match="threshold is 'foo'; expected 'direct' or 'log'"):
+        cfg.__post_init__()
 
 
 def test_an_autoencoder_starts_tied_with_unit_rows_and_zero_biases():

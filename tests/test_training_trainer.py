@@ -1,6 +1,8 @@
 """Runs: many dictionaries from one store, resuming bit for bit, a planted dictionary recovered, errors."""
 
+import contextlib
 import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -55,6 +57,10 @@ def weights(trainer):
     return [sae.state_dict() for sae in trainer.result()]
 
 
+def numbers(results):
+    return [[getattr(r, name) for name in ("index", "step", "loss", "fvu", "l0", "dead")] for r in results]
+
+
 def assert_same(ours, theirs):
     for one, other in zip(ours, theirs, strict=True):
         assert one.keys() == other.keys()
@@ -105,21 +111,87 @@ def test_dictionaries_train_as_if_alone(store):
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(store, tmp_path):
     whole = Trainer([CFG, TRANSCODER])
     results = finish(whole, store)
-    broken = Trainer([CFG, TRANSCODER], folder=tmp_path, checkpoint_every=7)
+    folder, killed = tmp_path / "run", tmp_path / "killed"
+    broken = Trainer([CFG, TRANSCODER], folder=folder, checkpoint_every=7)
     for result in broken.run(store, progress=False):
         if result.step == 17:  # past the checkpoint at 14 and past one pass over the 100 rows
+            shutil.copytree(folder, killed)  # what a kill leaves
             break
-    resumed = Trainer.resume(tmp_path)
+    resumed = Trainer.resume(killed)
     assert resumed.step == 14
     assert resumed.configs == broken.configs
     rest = finish(resumed, store)
-    numbers = ("index", "step", "loss", "fvu", "l0", "dead")
-    assert [[getattr(r, n) for n in numbers] for r in rest] == [
-        [getattr(r, n) for n in numbers] for r in results if r.step > 14
-    ]
+    assert numbers(rest) == numbers(r for r in results if r.step > 14)
     assert_same(weights(whole), weights(resumed))
-    assert_same(weights(whole), weights(Trainer.resume(tmp_path)))
-    assert finish(Trainer.resume(tmp_path), store) == []
+    assert_same(weights(whole), weights(Trainer.resume(killed)))
+    assert finish(Trainer.resume(killed), store) == []
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("last", [(0, 1), (1, 1), (0, 12), (1, 12), (0, 18), (0, 20), (0, 25)])
+def test_a_run_broken_off_between_checkpoints_goes_on_bit_for_bit(store, tmp_path, capsys, last, error):
+    """Between two updates and between two dictionaries, by the caller's loop and by an error."""
+    whole = Trainer([CFG, TRANSCODER])
+    results = finish(whole, store)
+    broken, seen = Trainer([CFG, TRANSCODER], folder=tmp_path), []
+    with contextlib.suppress(KeyboardInterrupt, RuntimeError):
+        for result in broken.run(store, progress=False):
+            seen.append(result)
+            if (result.index, result.step) == last:
+                if error is None:
+                    break
+                raise error
+    resumed = Trainer.resume(tmp_path)
+    assert resumed.step == last[1] - 1
+    seen += resumed.run(store)
+    assert f"{last[1] - 1}/25 " in capsys.readouterr().err
+    assert numbers(seen) == numbers(results)
+    assert_same(weights(whole), weights(resumed))
+
+
+@pytest.mark.parametrize(
+    ("function", "kept"),
+    [("jumprelu_loss", 12), ("project_out_rows", 12), ("normalise_rows", 10)],  # the last one comes after Adam's step
+)
+def test_a_half_made_update_is_not_checkpointed(store, tmp_path, monkeypatch, function, kept):
+    whole, broken = Trainer([CFG, TRANSCODER]), Trainer([CFG, TRANSCODER], folder=tmp_path, checkpoint_every=5)
+    finish(whole, store)
+
+    def interrupted(*args, **settings):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        for result in broken.run(store, progress=False):
+            if (result.index, result.step) == (1, 12):
+                patch.setattr(f"scope_lens.training.learner.{function}", interrupted)
+    resumed = Trainer.resume(tmp_path)
+    assert resumed.step == kept
+    finish(resumed, store)
+    assert_same(weights(whole), weights(resumed))
+    if kept == 12:
+        finish(broken, store)
+        assert_same(weights(whole), weights(broken))
+    else:
+        with pytest.raises(ValueError, match=rf"Update 12 for '{A}' was broken off halfway.*Trainer\.resume"):
+            finish(broken, store)
+
+
+@pytest.mark.parametrize("every", [2, 1000])
+def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(tmp_path, every):
+    rows = torch.randn(100, 8)
+    store = store_of(100, a=rows)
+    rows[store.order(0)[16 * 4]] = torch.nan  # in the fifth batch
+    trainer = Trainer(CFG, folder=tmp_path, checkpoint_every=every)
+    with pytest.raises(ValueError, match="is nan at step 5"):
+        finish(trainer, store)
+    if every == 2:
+        resumed = Trainer.resume(tmp_path)
+        assert resumed.step == 4
+        assert all(tensor.isfinite().all() for tensor in weights(resumed)[0].values())
+    else:
+        assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="or its loss was not finite"):
+        finish(trainer, store)
 
 
 def test_a_loop_broken_off_goes_on_in_memory(store):
@@ -139,7 +211,7 @@ def test_an_interrupt_leaves_the_last_checkpoint_whole(store, tmp_path, monkeypa
         for result in trainer.run(store, progress=False):
             if result.step == 8:
                 raise KeyboardInterrupt
-    assert Trainer.resume(tmp_path).step == 5
+    assert Trainer.resume(tmp_path).step == 7
 
     def half_written(state, part, metadata):
         part.write_bytes(b"half")
@@ -149,7 +221,7 @@ def test_an_interrupt_leaves_the_last_checkpoint_whole(store, tmp_path, monkeypa
     monkeypatch.setattr("scope_lens.training.trainer.save_file", half_written)
     with pytest.raises(KeyboardInterrupt):
         finish(trainer, store)
-    assert Trainer.resume(tmp_path).step == 5
+    assert Trainer.resume(tmp_path).step == 7
     assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint.safetensors"]
 
 
@@ -173,6 +245,8 @@ def test_a_planted_dictionary_is_recovered():
 def test_bad_requests_are_refused(store, tmp_path):
     with pytest.raises(ValueError, match="at least one TrainConfig"):
         Trainer([])
+    with pytest.raises(ValueError, match="checkpoint_every is 0; expected 1 update or more"):
+        Trainer(CFG, checkpoint_every=0)
     with pytest.raises(ValueError, match="Nothing is trained yet"):
         Trainer(CFG).result()
     with pytest.raises(KeyError, match="no site 'blocks.1.hook_mlp_out'"):

@@ -65,12 +65,17 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("width", "steps", "batch_size", "learning_rate", "bandwidth", "threshold_init", "dead_after"):
+        positive = ("width", "steps", "batch_size", "learning_rate", "adam_eps", "bandwidth", "threshold_init")
+        for name in (*positive, "dead_after"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"TrainConfig.{name} is {getattr(self, name)}; it must be positive.")
         for name in ("sparsity", "lr_warmup", "lr_decay", "sparsity_warmup"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"TrainConfig.{name} is {getattr(self, name)}; it must not be negative.")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"TrainConfig.betas is {self.betas}; expected two numbers, each at least 0 and below 1.")
+        if self.threshold not in ("direct", "log"):
+            raise ValueError(f"TrainConfig.threshold is {self.threshold!r}; expected 'direct' or 'log'.")
         if self.lr_decay > self.steps:
             raise ValueError(f"TrainConfig.lr_decay is {self.lr_decay}, more than the run's {self.steps} steps.")
 

@@ -49,7 +49,7 @@ class Learner:
         initialise(self.sae, threshold=cfg.threshold_init, seed=cfg.seed)
         assert self.sae.threshold is not None
         theta = self.sae.threshold.detach().clone()
-        # What Adam sees of the threshold; `sae.threshold` follows it and is no parameter of the optimiser.
+        # What Adam sees of the threshold. `sae.threshold` keeps its initial value until `result` copies this one there.
         self.theta = nn.Parameter(theta.log() if cfg.threshold == "log" else theta)
         self.sae.threshold.requires_grad = False
         self.parameters = {name: p for name, p in self.sae.named_parameters() if name != "threshold"}
@@ -59,6 +59,8 @@ class Learner:
         )
         self.last_fired = torch.zeros(cfg.width, dtype=torch.int64)
         self.step = 0  # updates made
+        # Whether the state is that after `step` updates, none of them half made and none of a loss that is not finite.
+        self.whole = True
 
     def threshold(self) -> Float[Tensor, " d_sae"]:
         """Give the thresholds, differentiable in what Adam sees of them."""
@@ -83,12 +85,14 @@ class Learner:
         with torch.no_grad():
             project_out_rows(self.sae.W_dec)
             self.adam.param_groups[0]["lr"] = self.cfg.learning_rate_at(self.step)
+            self.whole = False
             self.adam.step()
             normalise_rows(self.sae.W_dec)
             if self.cfg.threshold == "direct":
                 self.theta.clamp_(min=0)  # JumpReLU is defined for thresholds that are not negative
             self.step += 1
             self.last_fired[(parts.acts > 0).any(0)] = self.step * self.cfg.batch_size
+            self.whole = bool(parts.loss.isfinite())
         return parts
 
     def dead(self) -> float:

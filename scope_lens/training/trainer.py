@@ -2,7 +2,8 @@
 
 `Trainer.run` is a generator: the caller's loop decides what to log, draw or stop. Dictionaries that read the same rows
 share them. The order of the rows follows from the seed and the number of updates, so a checkpoint needs no reader's
-state, and a run that is taken up again equals an unbroken one bit for bit on the same machine.
+state, and a run that is taken up again equals an unbroken one bit for bit on the same machine. A run that is broken off
+writes a checkpoint on its way out, so that only a kill loses the updates since the last one.
 
     trainer = Trainer([TrainConfig.short_run(site="res", layer=0, width=1024, sparsity=3e-3)], folder=Path("run"))
     for result in trainer.run(store):
@@ -65,7 +66,7 @@ class Trainer:
         checkpoint_every: Updates between checkpoints.
 
     Raises:
-        ValueError: No config.
+        ValueError: No config, or `checkpoint_every` is not positive.
         FileExistsError: `folder` holds a checkpoint already.
     """
 
@@ -79,6 +80,8 @@ class Trainer:
         self.configs = (configs,) if isinstance(configs, TrainConfig) else tuple(configs)
         if not self.configs:
             raise ValueError("A Trainer needs at least one TrainConfig; found none.")
+        if checkpoint_every < 1:
+            raise ValueError(f"checkpoint_every is {checkpoint_every}; expected 1 update or more.")
         self.folder = None if folder is None else Path(folder)
         self.checkpoint_every = checkpoint_every
         self.step = 0
@@ -121,7 +124,8 @@ class Trainer:
         """Train until every dictionary has made its steps, from where the trainer stands.
 
         A loop that is broken off can be taken up by another call. A checkpoint is written every `checkpoint_every`
-        updates and at the end.
+        updates, at the end, and when the loop is broken off, by an error too. In the middle of an update, and where the
+        loss was not finite, the last checkpoint stays instead.
 
         Args:
             store: Activations at the sites of all configs.
@@ -132,22 +136,28 @@ class Trainer:
 
         Raises:
             KeyError: The store lacks a site.
-            ValueError: The store has fewer rows than a batch or is not the one the run began with, or the loss is not
-                finite.
+            ValueError: The store has fewer rows than a batch or is not the one the run began with, the loss is not
+                finite, or an earlier call was broken off in the middle of an update.
         """
         self._prepare(store)
         reader = _Reader(store)
         total = max(cfg.steps for cfg in self.configs)
-        with tqdm(total=total, initial=self.step, desc="train", unit="step", disable=not progress) as bar:
-            while self.step < total:
-                for index, learner in enumerate(self._learners):
-                    # A loop broken off between two dictionaries goes on with the second.
-                    if learner.step == self.step < learner.cfg.steps:
-                        yield self._update(index, learner, reader)
-                self.step += 1
-                bar.update()
-                if self.step % self.checkpoint_every == 0 or self.step == total:
+        label = "train, resumed" if self.step else "train"
+        with tqdm(total=total, initial=self.step, desc=label, unit="step", disable=not progress) as bar:
+            try:
+                while self.step < total:
+                    for index, learner in enumerate(self._learners):
+                        # A loop broken off between two dictionaries goes on with the second.
+                        if learner.step == self.step < learner.cfg.steps:
+                            yield self._update(index, learner, reader)
+                    self.step += 1
+                    bar.update()
+                    if self.step % self.checkpoint_every == 0 or self.step == total:
+                        self._checkpoint()
+            except BaseException:
+                if all(learner.whole for learner in self._learners):
                     self._checkpoint()
+                raise
 
     def result(self) -> list[HookedSAE]:
         """Give the dictionaries in their inference form: they read and write raw activations.
@@ -170,6 +180,11 @@ class Trainer:
                 )
         for learner in self._learners:
             cfg = learner.sae.cfg
+            if not learner.whole:
+                raise ValueError(
+                    f"Update {learner.step} for {cfg.hook_out!r} was broken off halfway, or its loss was not finite. "
+                    "Take the run up from its last checkpoint with Trainer.resume(folder), or train anew."
+                )
             began, found = (cfg.d_in, cfg.d_out), (store.width(cfg.hook_in), store.width(cfg.hook_out))
             if began != found or store.manifest.source != self._source:
                 raise ValueError(
