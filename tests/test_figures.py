@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import plotly.graph_objects as go
 import pytest
@@ -65,7 +66,61 @@ def test_a_ladder_is_drawn_over_l0_on_logarithmic_axes():
     assert list(curve.x) == [10.0, 40.0, 160.0]
     assert list(curve.y) == pytest.approx([0.2, 0.05, 0.0125])
     assert figure.layout.xaxis.type == figure.layout.yaxis.type == "log"
-    assert [note.text for note in figure.layout.annotations] == ["residual", "MLP output"]
+    titles = [note.text for note in figure.layout.annotations]
+    assert titles == ["residual", "MLP output", "L0 (active latents per token)"]
+
+
+def x_axes(figure):
+    return [figure.layout[name] for name in figure.layout if name.startswith("xaxis")]
+
+
+@pytest.mark.parametrize("l0s", [(10.0, 160.0), (31.0, 38.0), (30.0, 30.0), (0.9, 2000.0)])
+def test_columns_share_one_labelled_range_of_l0(l0s):
+    figure = figures.fidelity([result("mlp", 3, l0=l0) for l0 in l0s] + [result("res", 5, l0=l0s[0])])
+    axes = x_axes(figure)
+    assert len(axes) == 6
+    assert all(axis.matches == "x" for axis in axes[1:])
+    assert [axis.showticklabels for axis in axes].count(False) == 4  # the bottom row keeps its labels
+    (low, high), ticks = axes[0].range, axes[0].tickvals
+    assert 10**low < min(l0s)
+    assert max(l0s) < 10**high
+    assert len(ticks) >= 3
+    assert all(10**low <= tick <= 10**high for tick in ticks)
+
+
+def test_a_narrow_range_of_fractions_keeps_its_ticks_apart():
+    figure = figures.fidelity([result(layer=layer, recovered=0.985 + 0.004 * layer) for layer in range(3)])
+    axis = figure.layout.yaxis2
+    assert axis.tickformat == ".6~p"
+    assert 0.98 < axis.range[0] < 0.985
+    assert 0.993 < axis.range[1] < 0.995
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_cannot_be_drawn_are_counted(value):
+    given = [result(layer=layer, fvu=value if layer else 0.2, recovered=value) for layer in range(3)]
+    subtitle = figures.fidelity(given).layout.title.subtitle.text
+    assert subtitle.endswith("intervals; 3 of 3 have no finite loss recovered; 2 of 3 have no finite FVU")
+    silent = figures.fidelity([result(l0=0.0), result(l0=9.0)]).layout.title.subtitle.text
+    assert silent.endswith("; 1 of 2 not drawn, with an L0 of 0")
+
+
+def test_long_names_are_short_in_titles_and_whole_on_hover():
+    hook, model = "blocks.12.attn.a_hook_with_a_long_name.hook_out", "me/a-model-whose-name-does-not-end-soon"
+    odd = result("res", 1)
+    (sae,) = odd.settings["saes"]
+    changed = {"hook_in": hook, "hook_out": hook, "model": model}
+    odd = dataclasses.replace(odd, settings={**odd.settings, "saes": [sae | changed]})
+    figure = figures.fidelity([odd, result("att", 2)])
+    short = next(note for note in figure.layout.annotations if note.text.startswith("blocks"))
+    assert short.text == "blocks.12.a…ame.hook_out"
+    assert len(short.text) == 24
+    assert short.hovertext == hook
+    trace = next(trace for trace in figure.data if trace.name == short.text)
+    assert hook in trace.hovertext[0]
+    assert "a-model-whose-name-does-not-end-soon" in trace.hovertext[0]
+    assert "gemma-2-2b" in figure.layout.title.text
+    assert "a-model-who…not-end-soon" in figure.layout.title.text
 
 
 def test_widths_of_one_layer_are_curves_of_their_own():
@@ -96,9 +151,10 @@ def test_nothing_to_draw_is_refused():
         figures.fidelity([])
 
 
-def test_html_is_whole_and_needs_no_network(tmp_path):
+@pytest.mark.parametrize("as_given", [str, Path])
+def test_html_is_whole_and_needs_no_network(tmp_path, as_given):
     file = tmp_path / "figure.html"
-    figures.write_html(go.Figure(go.Scatter(y=[1, 2])), file)
+    figures.write_html(go.Figure(go.Scatter(y=[1, 2])), as_given(file))
     page = file.read_text()
     assert page.rstrip().endswith("</html>")
     assert '<script src="http' not in page

@@ -6,7 +6,8 @@ section 4.1): a column of panels for each site and a curve for each layer and wi
 
 1. A point for each result: the site and layer come from the hooks in the result's settings.
 2. Curves and panels, as said.
-3. One look for both: units in the titles, intervals from the standard errors, names of dictionaries on hover.
+3. One look for both: units in the titles, intervals from the standard errors, whole names on hover, and a note of what
+   no axis can show.
 """
 
 import math
@@ -19,6 +20,7 @@ from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
 from scope_lens.evaluation import EvalResult
+from scope_lens.figures.axes import elide, linear_range, log_axis
 from scope_lens.releases import SITES, Hooks, place_of, width_name
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
@@ -64,26 +66,35 @@ class _Point(NamedTuple):
 
 
 class _Panel(NamedTuple):
-    """One quantity: its title with the unit, its value, and the format of its ticks."""
+    """One quantity: its name, its title with the unit, its value, and the format of its ticks."""
 
+    name: str
     title: str
     value: Callable[[_Point], float]
     ticks: str = ""
-    range: str = "tozero"
+    from_zero: bool = True
     interval: bool = False
 
 
-_LOSS = _Panel("delta loss (nats per token)", lambda p: p.result.delta_loss, interval=True)
-_RECOVERED = _Panel("loss recovered", lambda p: p.result.loss_recovered, ticks=".0%", range="normal")
-_FVU = _Panel("variance unexplained (FVU)", lambda p: p.fvu)
-_L0 = _Panel("L0 (active latents per token)", lambda p: p.l0)
+_LOSS = _Panel("delta loss", "delta loss (nats per token)", lambda p: p.result.delta_loss, interval=True)
+# Six digits without trailing zeros: ticks of a narrow range stay distinct.
+_RECOVERED = _Panel(
+    "loss recovered", "loss recovered", lambda p: p.result.loss_recovered, ticks=".6~p", from_zero=False
+)
+_FVU = _Panel("FVU", "variance unexplained (FVU)", lambda p: p.fvu)
+_L0 = _Panel("L0", "L0 (active latents per token)", lambda p: p.l0)
+_PANELS = (_LOSS, _RECOVERED, _FVU, _L0)
+_WIDTH = 1180
+# Pixels: a column, a character of its title, and what stands beside the columns.
+_COLUMN, _CHARACTER, _BESIDE = 150, 9, 320
 
 
 def fidelity(results: EvalResult | Sequence[EvalResult]) -> go.Figure:
     """Draw delta loss, loss recovered, FVU and L0 by site.
 
     Bars are 95 % intervals from the standard error, clustered by sequence. A result of several dictionaries spliced at
-    once is one point, with the mean of their FVU and L0.
+    once is one point, with the mean of their FVU and L0. Values that are not finite cannot be drawn; the subtitle
+    counts them.
 
     Args:
         results: What `evaluate` returned, once or several times.
@@ -99,7 +110,7 @@ def fidelity(results: EvalResult | Sequence[EvalResult]) -> go.Figure:
         raise ValueError("There is nothing to draw: results is empty. Give what evaluate returned.")
     places = {(point.site, point.layer) for point in points}
     over_layers = len(places) == len(points) and all(point.layer is not None for point in points)
-    return _dress(_over_layers(points) if over_layers else _over_l0(points), points)
+    return _dress(_over_layers(points) if over_layers else _over_l0(points), points, log_l0=not over_layers)
 
 
 def _point(result: EvalResult) -> _Point:
@@ -114,10 +125,9 @@ def _point(result: EvalResult) -> _Point:
 
 
 def _over_layers(points: Sequence[_Point]) -> go.Figure:
-    panels = (_LOSS, _RECOVERED, _FVU, _L0)
     sites = _sites(points)
-    figure = make_subplots(rows=2, cols=2, subplot_titles=[p.title for p in panels], vertical_spacing=0.13)
-    for index, panel in enumerate(panels):
+    figure = make_subplots(rows=2, cols=2, subplot_titles=[p.title for p in _PANELS], vertical_spacing=0.13)
+    for index, panel in enumerate(_PANELS):
         row, col = index // 2 + 1, index % 2 + 1
         for number, site in enumerate(sites):
             curve = sorted((p for p in points if p.site == site), key=lambda p: p.cell)
@@ -126,10 +136,12 @@ def _over_layers(points: Sequence[_Point]) -> go.Figure:
             x = [p.cell[0] + shift for p in curve]
             trace = _trace(curve, panel, x=x, colour=_COLOURS.get(site, _OTHER), name=site, legend=index == 0)
             figure.add_trace(trace, row=row, col=col)
-        figure.update_yaxes(tickformat=panel.ticks, rangemode=panel.range, row=row, col=col)
-    figure.update_xaxes(dtick=max(1, len({p.layer for p in points}) // 12), zeroline=False)
+        figure.update_yaxes(tickformat=panel.ticks, range=_range(points, panel), row=row, col=col)
+    layers = [point.cell[0] for point in points]
+    ends = (min(layers) - 0.4, max(layers) + 0.4)
+    figure.update_xaxes(dtick=max(1, len(set(layers)) // 12), range=ends, zeroline=False)
     figure.update_xaxes(title="layer", row=2)
-    return figure.update_layout(height=820)
+    return figure.update_layout(height=820, width=_WIDTH)
 
 
 def _over_l0(points: Sequence[_Point]) -> go.Figure:
@@ -138,17 +150,21 @@ def _over_l0(points: Sequence[_Point]) -> go.Figure:
     figure = make_subplots(
         rows=len(panels),
         cols=len(sites),
-        column_titles=sites,
+        column_titles=[elide(site) for site in sites],
+        x_title=_L0.title,
         shared_xaxes=True,
         shared_yaxes=True,
-        horizontal_spacing=0.02,
+        horizontal_spacing=0.02 if len(sites) < 8 else 0.005,
         vertical_spacing=0.05,
     )
+    # The titles of the columns come first, then the one of all x axes.
+    for title, site in zip(figure.select_annotations(), sites, strict=False):
+        title.update(hovertext=site)
     cells = sorted({point.cell for point in points})
     widths = {width for _, width in cells}
     places = [index / max(1, len(cells) - 1) for index in range(len(cells))]
     colours = dict(zip(cells, map(str, sample_colorscale("Viridis", [0.9 * p for p in places])), strict=True))
-    named: set[tuple[int, int]] = set()
+    named: set[str] = set()
     for row, panel in enumerate(panels, start=1):
         for col, site in enumerate(sites, start=1):
             own = sorted((p for p in points if p.site == site), key=lambda p: (*p.cell, p.l0))
@@ -158,18 +174,22 @@ def _over_l0(points: Sequence[_Point]) -> go.Figure:
                 if len(widths) > 1 and cell[1]:
                     name += f", {width_name(cell[1])}"
                 x = [p.l0 for p in curve]
-                trace = _trace(curve, panel, x=x, colour=colours[cell], name=name, legend=cell not in named)
-                named.add(cell)
+                trace = _trace(curve, panel, x=x, colour=colours[cell], name=name, legend=name not in named)
+                named.add(name)
                 figure.add_trace(trace, row=row, col=col)
         values = [panel.value(point) for point in points]
-        if panel is not _RECOVERED and _spans_decades(values):
-            figure.update_yaxes(type="log", tickvals=_ticks(values), row=row)
+        axis = log_axis(_spread(points, panel))
+        if panel is not _RECOVERED and axis is not None and _spans_a_decade(values):
+            figure.update_yaxes(type="log", range=axis.range, tickvals=axis.ticks, row=row)
         else:
-            figure.update_yaxes(rangemode=panel.range, tickformat=panel.ticks, row=row)
+            figure.update_yaxes(range=_range(points, panel), tickformat=panel.ticks, row=row)
         figure.update_yaxes(title=panel.title, row=row, col=1)
-    figure.update_xaxes(type="log", tickvals=_ticks([point.l0 for point in points]))
-    figure.update_xaxes(title="L0 (active latents per token)", row=len(panels))
-    return figure.update_layout(height=900)
+    axis = log_axis([point.l0 for point in points])
+    figure.update_xaxes(type="log", matches="x")
+    if axis is not None:
+        figure.update_xaxes(range=axis.range, tickvals=axis.ticks)
+    column = max(_COLUMN, *(_CHARACTER * len(elide(site)) for site in sites))
+    return figure.update_layout(height=900, width=max(_WIDTH, _BESIDE + column * len(sites)))
 
 
 def _sites(points: Sequence[_Point]) -> list[str]:
@@ -190,7 +210,7 @@ def _trace(
         mode="lines+markers",
         line={"color": colour, "width": 2},
         marker={"color": colour, "size": 9, "line": {"color": "white", "width": 1}},
-        name=name,
+        name=elide(name),
         legendgroup=name,
         showlegend=legend,
         cliponaxis=False,
@@ -204,6 +224,7 @@ def _hover(point: _Point) -> str:
     return "<br>".join(
         (
             f"<b>{point.name}</b>",
+            f"of {_model(result)}",
             f"{point.site}, layer {point.layer}, width {width_name(point.width)}" if point.width else point.site,
             f"L0 {point.l0:.1f}, FVU {point.fvu:.3f}",
             f"delta loss {result.delta_loss:.4f} ± {result.delta_loss_se:.4f} nats per token (standard error)",
@@ -213,19 +234,29 @@ def _hover(point: _Point) -> str:
     )
 
 
-def _spans_decades(values: Sequence[float]) -> bool:
+def _spread(points: Sequence[_Point], panel: _Panel) -> list[float]:
+    """Everything that is drawn of a quantity: its values, and both ends of their intervals."""
+    sides = (-1, 1) if panel.interval else (0,)
+    return [panel.value(point) + side * point.interval for point in points for side in sides]
+
+
+def _range(points: Sequence[_Point], panel: _Panel) -> tuple[float, float] | None:
+    return linear_range(_spread(points, panel), from_zero=panel.from_zero)
+
+
+def _spans_a_decade(values: Sequence[float]) -> bool:
     """Whether a logarithmic axis shows the values better than one from zero."""
     finite = [value for value in values if math.isfinite(value)]
     return bool(finite) and min(finite) > 0 and max(finite) > 10 * min(finite)
 
 
-def _ticks(values: Sequence[float]) -> list[float]:
-    """1, 2 and 5 of every decade near the values, for a logarithmic axis."""
-    finite = [value for value in values if 0 < value < math.inf]
-    if not finite:
-        return []
-    decades = range(math.floor(math.log10(min(finite))), math.ceil(math.log10(max(finite))) + 1)
-    return [step * 10.0**decade for decade in decades for step in (1, 2, 5)]
+def _missing(points: Sequence[_Point], *, log_l0: bool) -> list[str]:
+    """What the axes leave out, a note for each quantity."""
+    n = len(points)
+    counts = [(panel.name, sum(not math.isfinite(panel.value(point)) for point in points)) for panel in _PANELS]
+    notes = [f"{count} of {n} {'has' if count == 1 else 'have'} no finite {name}" for name, count in counts if count]
+    silent = sum(point.l0 == 0 for point in points) if log_l0 else 0
+    return [*notes, f"{silent} of {n} not drawn, with an L0 of 0"] if silent else notes
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -238,10 +269,11 @@ def _model(result: EvalResult) -> str:
     return str(result.settings["saes"][0]["model"] or result.settings["model"]).rstrip("/").rsplit("/", maxsplit=1)[-1]
 
 
-def _dress(figure: go.Figure, points: Sequence[_Point]) -> go.Figure:
+def _dress(figure: go.Figure, points: Sequence[_Point], *, log_l0: bool) -> go.Figure:
     """Title, legend and one plain look."""
     n = len(points)
-    models = ", ".join(sorted({_model(point.result) for point in points}))
+    names = sorted({_model(point.result) for point in points})
+    models = ", ".join(map(elide, names)) if len(names) <= 3 else f"{len(names)} models"
     tokens = sorted({point.result.n_tokens for point in points})
     predictions = f"{tokens[0]:,}" if len(tokens) == 1 else f"{tokens[0]:,} to {tokens[-1]:,}"
     clean = _mean(point.result.ce_clean for point in points)
@@ -249,12 +281,14 @@ def _dress(figure: go.Figure, points: Sequence[_Point]) -> go.Figure:
     figure.update_xaxes(showline=True, linecolor="#888", gridcolor="#eee", ticks="outside", tickcolor="#888")
     figure.update_yaxes(showline=True, linecolor="#888", gridcolor="#eee", zerolinecolor="#888", zerolinewidth=1)
     figure.update_annotations(font_size=16)
+    figure.update_annotations(font_size=14, selector={"text": _L0.title, "yanchor": "top"})
+    missing = "".join(f"; {note}" for note in _missing(points, log_l0=log_l0))
     return figure.update_layout(
         title={
             "text": f"<b>Fidelity by site: {n} {'dictionary' if n == 1 else 'dictionaries'} of {models}</b>",
             "subtitle": {
                 "text": f"{'each spliced in by itself' if alone else 'spliced in'}; {predictions} predictions, clean "
-                f"loss {clean:.3f} nats per token; bars are 95 % intervals"
+                f"loss {clean:.3f} nats per token; bars are 95 % intervals{missing}"
             },
             "x": 0.01,
             "yref": "container",
@@ -265,5 +299,4 @@ def _dress(figure: go.Figure, points: Sequence[_Point]) -> go.Figure:
         font={"family": "Helvetica, Arial, sans-serif", "size": 14, "color": "#222"},
         hoverlabel={"bgcolor": "white", "font_size": 13, "align": "left"},
         margin={"t": 125, "r": 40, "l": 70, "b": 60},
-        width=1180,
     )
