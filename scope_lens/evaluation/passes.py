@@ -15,8 +15,8 @@ from torch import Tensor
 from scope_lens.attachments import OwnHook, Positions, attachments_of, flat_activation
 from scope_lens.evaluation.predictions import compare, cross_entropy
 from scope_lens.evaluation.site_sums import SiteSums
-from scope_lens.evaluation.tokens import leading_pad
 from scope_lens.model import ScopeModel
+from scope_lens.packing import leading_pad
 from scope_lens.sae import HookedSAE
 from scope_lens.special_tokens import special_token_ids, untrained_positions
 
