@@ -15,7 +15,7 @@ def check_device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
         torch.empty(0, device=found)
     # A build without CUDA raises AssertionError, other backends NotImplementedError or ModuleNotFoundError.
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError, ImportError) as error:
         raise ValueError(
             f"device={str(device)!r} cannot be used here ({str(error).splitlines()[0][:120]}). Use 'cpu', or 'cuda' "
             f"on a machine with a GPU and a build of torch for it; this one is torch {torch.__version__}."
