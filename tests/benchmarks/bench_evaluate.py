@@ -12,7 +12,7 @@ the sums.
 from pathlib import Path
 
 import torch
-from arms import interleaved, ratio, write
+from arms import fill_randomly, interleaved, ratio, write
 from bench_splice import random_model, random_sae
 
 from scope_lens.evaluation import evaluate
@@ -33,6 +33,7 @@ def calibrated(model: ScopeModel, tokens: torch.Tensor, sae: HookedSAE, *, l0: f
 
 def row(name: str, model: ScopeModel, tokens: torch.Tensor, sae: HookedSAE, *, l0: float, rounds: int) -> dict:
     tokens[:, 0] = 2
+    fill_randomly(sae, density=0.05)
     with torch.no_grad():
         calibrated(model, tokens, sae, l0=l0)
 
@@ -52,11 +53,11 @@ def main() -> None:
     tiny = ScopeModel.from_pretrained(TINY)
     rows = [
         row("tiny Gemma 2 (d 192, 4 layers, vocabulary 4096)", tiny, torch.randint(3, 4096, (16, 256)),
-            random_sae(2, 192, 1024, density=0.05), l0=40, rounds=11),
+            random_sae(2, 192, 1024), l0=40, rounds=11),
         row("random, d 512, 8 layers, vocabulary 16384", random_model(d_model=512, layers=8, vocab=16384),
-            torch.randint(3, 16384, (8, 128)), random_sae(4, 512, 8192, density=0.01), l0=70, rounds=9),
+            torch.randint(3, 16384, (8, 128)), random_sae(4, 512, 8192), l0=70, rounds=9),
         row("random, d 256, 26 layers, vocabulary 4096", random_model(d_model=256, layers=26),
-            torch.randint(3, 4096, (8, 16)), random_sae(12, 256, 512, density=0.05), l0=25, rounds=15),
+            torch.randint(3, 4096, (8, 16)), random_sae(12, 256, 512), l0=25, rounds=15),
     ]  # fmt: skip
     write("evaluate", "evaluate beside its four forward passes", rows, notes=NOTES)
 

@@ -14,10 +14,10 @@ from scope_lens.model import ScopeModel
 from scope_lens.sae import HookedSAE, SAEConfig
 
 
-def random_model(d_model: int, layers: int) -> ScopeModel:
+def random_model(d_model: int, layers: int, vocab: int = 4096) -> ScopeModel:
     torch.manual_seed(0)
     config = Gemma2Config(
-        vocab_size=4096, hidden_size=d_model, intermediate_size=4 * d_model, num_hidden_layers=layers,
+        vocab_size=vocab, hidden_size=d_model, intermediate_size=4 * d_model, num_hidden_layers=layers,
         num_attention_heads=8, num_key_value_heads=4, head_dim=d_model // 8, sliding_window=64,
         query_pre_attn_scalar=d_model // 8, max_position_embeddings=1024, attn_implementation="eager",
     )  # fmt: skip
