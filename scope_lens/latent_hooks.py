@@ -99,14 +99,15 @@ class LatentHooks:
         self, *args: Any, names_filter: Any, **kwargs: Any
     ) -> tuple[Any, ActivationCache | dict[str, Tensor]]:
         """The bridge's `run_with_cache`, with the dictionaries' activations added to its cache."""
-        wanted, bridge_filter = self._split_filter(self.points(), names_filter)
+        points = self.points()
+        wanted, bridge_filter = self._split_filter(points, names_filter)
         signature = inspect.signature(self._bridge.run_with_cache)
         given = signature.bind(*args, names_filter=bridge_filter, **kwargs)
         given.apply_defaults()
         settings = given.arguments
         cached: dict[str, Tensor] = {}
-        hooks = self._storing(
-            wanted,
+        hooks = _storing(
+            {name: points[name] for name in wanted},
             cached,
             incl_bwd=settings["incl_bwd"],
             device=settings["kwargs"].get("device"),
@@ -125,42 +126,12 @@ class LatentHooks:
         self, names_filter: Any, *, cache: dict[str, Tensor] | None = None, **settings: Any
     ) -> tuple[dict[str, Tensor], list[Any], list[Any]]:
         """The bridge's `get_caching_hooks`, with hooks for the dictionaries' activations added."""
-        wanted, bridge_filter = self._split_filter(self.points(), names_filter)
+        points = self.points()
+        wanted, bridge_filter = self._split_filter(points, names_filter)
         cache, fwd, bwd = self._bridge.get_caching_hooks(bridge_filter, cache=cache, **settings)
-        for hook in self._storing(wanted, cache, **settings):
+        for hook in _storing({name: points[name] for name in wanted}, cache, **settings):
             (fwd if hook.direction == "fwd" else bwd).append((hook.name, hook.fn))
         return cache, fwd, bwd
-
-    def _storing(
-        self,
-        wanted: list[str],
-        cache: dict[str, Tensor],
-        *,
-        incl_bwd: bool = False,
-        device: Any = None,
-        remove_batch_dim: bool = False,
-        pos_slice: Any = None,
-    ) -> list[LatentHook]:
-        """Hooks that store what passes under every wanted name of its point."""
-        kept_positions = Slice.unwrap(pos_slice)
-
-        def store(names: list[str], suffix: str) -> Callable[..., None]:
-            def save(tensor: Tensor, hook: Any) -> None:  # noqa: ARG001
-                kept = kept_positions.apply(tensor.detach().to(device), dim=1)
-                if remove_batch_dim and kept.shape[0] == 1:
-                    kept = kept[0]
-                cache.update(dict.fromkeys([name + suffix for name in names], kept))
-
-            return save
-
-        points = self.points()
-        by_point: dict[HookPoint, list[str]] = {}
-        for name in wanted:
-            by_point.setdefault(points[name], []).append(name)
-        hooks = [LatentHook(names[0], point, store(names, ""), "fwd") for point, names in by_point.items()]
-        if incl_bwd:
-            hooks += [LatentHook(names[0], point, store(names, "_grad"), "bwd") for point, names in by_point.items()]
-        return hooks
 
     def _split_filter(self, points: dict[str, HookPoint], names_filter: Any) -> tuple[list[str], Any]:
         """Names at dictionaries that a filter means, and the filter that the bridge gets."""
@@ -188,6 +159,36 @@ class LatentHooks:
                 "<site>.hook_sae_input, _acts_pre, _acts_post, _recons, _error and _output."
             )
         return points[name]
+
+
+def _storing(
+    wanted: dict[str, HookPoint],
+    cache: dict[str, Tensor],
+    *,
+    incl_bwd: bool = False,
+    device: Any = None,
+    remove_batch_dim: bool = False,
+    pos_slice: Any = None,
+) -> list[LatentHook]:
+    """Hooks that store what passes under every wanted name of its point."""
+    kept_positions = Slice.unwrap(pos_slice)
+
+    def store(names: list[str], suffix: str) -> Callable[..., None]:
+        def save(tensor: Tensor, hook: Any) -> None:  # noqa: ARG001
+            kept = kept_positions.apply(tensor.detach().to(device), dim=1)
+            if remove_batch_dim and kept.shape[0] == 1:
+                kept = kept[0]
+            cache.update(dict.fromkeys([name + suffix for name in names], kept))
+
+        return save
+
+    by_point: dict[HookPoint, list[str]] = {}
+    for name, point in wanted.items():
+        by_point.setdefault(point, []).append(name)
+    hooks = [LatentHook(names[0], point, store(names, ""), "fwd") for point, names in by_point.items()]
+    if incl_bwd:
+        hooks += [LatentHook(names[0], point, store(names, "_grad"), "bwd") for point, names in by_point.items()]
+    return hooks
 
 
 def _without_batch(fn: Callable[..., Any]) -> Callable[..., Any]:

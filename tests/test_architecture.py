@@ -23,6 +23,7 @@ RANK = {
     "sae": 1,
     "special_tokens": 2,
     "splice": 2,
+    "fingerprints": 2,
     "sites": 2,
     "attachments": 3,
     "attached": 4,

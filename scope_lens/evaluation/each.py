@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from scope_lens.attachments import Positions
 from scope_lens.evaluation.fidelity import Ablation, evaluate
-from scope_lens.evaluation.fingerprints import model_fingerprint, sae_fingerprint
 from scope_lens.evaluation.result import EvalResult, EvaluationInterrupted
 from scope_lens.evaluation.tokens import Tokens, rows_hash, token_rows
+from scope_lens.fingerprints import model_fingerprint, sae_fingerprint
 from scope_lens.model import ScopeModel
 from scope_lens.sae import HookedSAE
 

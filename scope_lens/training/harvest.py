@@ -18,6 +18,7 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm import tqdm
 
+from scope_lens.fingerprints import model_fingerprint
 from scope_lens.model import ScopeModel
 from scope_lens.packing import Tokens, leading_pad, token_rows
 from scope_lens.sites import Sites
@@ -93,9 +94,7 @@ class HarvestPlan:
         fingerprint = hashlib.sha256(settings.encode())
         for part in tokens:
             fingerprint.update(part.numpy().tobytes())
-        # The first weights of each parameter tell one checkpoint of a model from another.
-        for parameter in bridge.parameters():
-            fingerprint.update(parameter.detach().flatten()[:64].cpu().float().numpy().tobytes())
+        fingerprint.update(model_fingerprint(bridge).encode())
         caught = _activations(model, tokens[0][:1, :2], sites=sites, special=special)
         return cls(
             model=model,

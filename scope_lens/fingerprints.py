@@ -1,7 +1,7 @@
-"""Which weights a stored result was measured with.
+"""Which weights a stored result or activation came from.
 
-A name or a path stays when the weights under it change. These hashes change with the weights, so that a result kept in
-a file is given back for the same dictionary and the same model only.
+A name or a path stays when the weights under it change. These hashes change with the weights, so that what is kept in a
+file is given back for the same dictionary and the same model only.
 """
 
 import hashlib
