@@ -16,7 +16,6 @@ Sources: Gemma Scope (arXiv 2408.05147), section 2 for the equations, Appendix A
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from transformer_lens.hook_points import HookPoint
 
 from scope_lens.activations import batchtopk, jumprelu, relu, topk
 from scope_lens.sae_config import SAEConfig, parameter_shapes, read_config
+from scope_lens.whole_file import whole_file
 
 _HALF = (torch.bfloat16, torch.float16)
 # Below this share of active latents a gather of decoder rows beats the dense product on a CPU; measured in
@@ -255,15 +255,10 @@ class HookedSAE(HookedRootModule):
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights, config = folder / "sae.safetensors", folder / "config.json"
-        try:
-            save_file({k: v.contiguous() for k, v in self.state_dict().items()}, _part(weights))
-            _part(config).write_text(json.dumps(dataclasses.asdict(self.cfg), indent=2) + "\n")
-            os.replace(_part(weights), weights)  # noqa: PTH105
-            os.replace(_part(config), config)  # noqa: PTH105
-        finally:
-            _part(weights).unlink(missing_ok=True)
-            _part(config).unlink(missing_ok=True)
+        # Both are complete before either takes its name: a full disk leaves an earlier pair as it was.
+        with whole_file(folder / "config.json") as config, whole_file(folder / "sae.safetensors") as weights:
+            save_file({k: v.contiguous() for k, v in self.state_dict().items()}, weights)
+            config.write_text(json.dumps(dataclasses.asdict(self.cfg), indent=2) + "\n")
 
     @classmethod
     def load(
@@ -377,7 +372,3 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     if dtype is None:
         return tensor
     return tensor.to(torch.float32 if name == "threshold" and dtype in _HALF else dtype)
-
-
-def _part(path: Path) -> Path:
-    return path.with_name(path.name + ".part")

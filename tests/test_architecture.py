@@ -20,6 +20,7 @@ MAX_LINES = 460
 RANK = {
     "activations": 0,
     "sae_config": 0,
+    "whole_file": 0,
     "sae": 1,
     "special_tokens": 2,
     "splice": 2,

@@ -20,6 +20,7 @@ from scope_lens.evaluation.tokens import Tokens, rows_hash, token_rows
 from scope_lens.fingerprints import model_fingerprint, sae_fingerprint
 from scope_lens.model import ScopeModel
 from scope_lens.sae import HookedSAE
+from scope_lens.whole_file import whole_file
 
 
 class Named(NamedTuple):
@@ -171,9 +172,5 @@ def write_kept(path: Path, kept: Mapping[str, Kept], *, run: Mapping[str, str]) 
         "fingerprints": {name: fingerprint for name, (fingerprint, _) in kept.items()},
         "results": {name: json.loads(result.to_json()) for name, (_, result) in kept.items()},
     }
-    part = path.with_name(path.name + ".part")
-    try:
+    with whole_file(path) as part:
         part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ import numpy as np
 
 from scope_lens.releases.release import FILE_NAME, width_name
 from scope_lens.sae import HookedSAE
+from scope_lens.whole_file import whole_file
 
 _ARRAYS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
 
@@ -47,12 +48,8 @@ def save_gemma_scope(sae: HookedSAE, folder: Path) -> Path:
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    file, part = folder / FILE_NAME, folder / f"{FILE_NAME}.part"
+    file = folder / FILE_NAME
     arrays: dict[str, Any] = {name: sae.get_parameter(name).detach().float().cpu().numpy() for name in _ARRAYS}
-    try:
-        with part.open("wb") as stream:
-            np.savez(stream, **arrays)
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole_file(file) as part, part.open("wb") as stream:
+        np.savez(stream, **arrays)
     return file

@@ -28,6 +28,7 @@ from torch import Tensor
 from scope_lens.model import ScopeModel
 from scope_lens.packing import Tokens
 from scope_lens.training.harvest import HarvestPlan, fill
+from scope_lens.whole_file import whole_file
 
 Batch = tuple[Float[Tensor, "batch d"], ...]
 
@@ -313,6 +314,5 @@ def _note(part: Path, maps: Sequence["np.memmap[Any, Any]"], source: str, done: 
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=2) + "\n")
-    part.replace(path)
+    with whole_file(path) as part:
+        part.write_text(json.dumps(content, indent=2) + "\n")

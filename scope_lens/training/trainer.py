@@ -30,6 +30,7 @@ from scope_lens.sae import HookedSAE
 from scope_lens.training.config import TrainConfig
 from scope_lens.training.learner import Learner
 from scope_lens.training.store import ActivationStore, Batch
+from scope_lens.whole_file import whole_file
 
 _CHECKPOINT = "checkpoint.safetensors"
 
@@ -244,13 +245,8 @@ class Trainer:
             "source": self._source,
             "checkpoint_every": self.checkpoint_every,
         }
-        file = self.folder / _CHECKPOINT
-        part = file.with_name(file.name + ".part")
-        try:
+        with whole_file(self.folder / _CHECKPOINT) as part:
             save_file(state, part, metadata={"trainer": json.dumps(header)})
-            part.replace(file)
-        finally:
-            part.unlink(missing_ok=True)
 
 
 class _Reader:
