@@ -34,20 +34,23 @@ RANK = {
     "model": 5,
     "releases": 5,
     "packing": 6,
-    "training": 7,
     "evaluation": 7,
     "demo": 7,
     "circuits": 7,
-    "figures": 8,
-    "explore": 9,
-    "cli": 10,
+    "training": 8,  # its held-out evaluation is `evaluate`
+    "figures": 9,
+    "explore": 10,
+    "cli": 11,
 }
 EXCEPTIONS = {("sae", "releases")}  # HookedSAE.from_pretrained, imported when called
 CONFINED = {
     "huggingface_hub": ("releases/",),
     "plotly": ("figures/", "explore/"),
     "triton": ("training/kernels/",),
-    "tyro": ("cli.py",),
+    "tyro": ("cli.py", "cli/"),
+    "tensorstore": ("training/",),
+    "wandb": ("training/",),
+    "tensorboard": ("training/",),
 }
 LOW_LEVEL = {"torch", "einops", "jaxtyping", "safetensors"}
 
@@ -153,6 +156,7 @@ HEAVY = {"torch", "transformer_lens", "transformers", "plotly", "huggingface_hub
         ("from scope_lens.cli import main; main(['list', '--model', 'gemma-2-2b', '--layer', '20'])", HEAVY),
         ("from scope_lens import HookedSAE, ScopeModel", {"plotly"}),
         ("from scope_lens import evaluate", {"plotly"}),
+        ("import scope_lens.training", {"plotly", "wandb", "tensorboard"}),
     ],
 )
 def test_imports_cost_what_they_need(code, absent):
