@@ -6,7 +6,7 @@
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
@@ -63,6 +63,20 @@ def token_rows(
     return [torch.cat(rows) for rows in joined]
 
 
+class Packed(NamedTuple):
+    """Packed documents, and where each token stood.
+
+    Attributes:
+        tokens: Token ids, special tokens included.
+        document: Which document a token is of; -1 at the special tokens that packing put in.
+        position: Number of the token within its document; -1 likewise.
+    """
+
+    tokens: Int[Tensor, "row context"]
+    document: Int[Tensor, "row context"]
+    position: Int[Tensor, "row context"]
+
+
 def pack(model: ScopeModel, texts: Sequence[str], *, context: int) -> Int[Tensor, "row context"]:
     """Cut documents into rows of `context` tokens with BOS in front.
 
@@ -77,6 +91,15 @@ def pack(model: ScopeModel, texts: Sequence[str], *, context: int) -> Int[Tensor
 
     Raises:
         ValueError: No tokenizer, no text, no special token to fill up with, or a context the model does not have.
+    """
+    return pack_documents(model, texts, context=context).tokens
+
+
+def pack_documents(model: ScopeModel, texts: Sequence[str], *, context: int) -> Packed:
+    """Pack as `pack` does, and say of each token which document it is of.
+
+    Raises:
+        ValueError: As `pack`.
     """
     bridge = model.model
     special = special_token_ids(bridge)
@@ -94,22 +117,44 @@ def pack(model: ScopeModel, texts: Sequence[str], *, context: int) -> Int[Tensor
     if not fill:
         raise ValueError("This model names no PAD, BOS or EOS to fill up the last row with; pass token ids instead.")
 
-    rows: list[list[int]] = [[]]
-    for text in texts:
+    # Ids, documents and positions; a row is a tensor once it is full, which takes a tenth of a list's memory.
+    rows: list[Int[Tensor, "3 context"]] = []
+    row = _OpenRow()
+    for number, text in enumerate(texts):
         ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        row = rows[-1]
         start = 0
         while start < len(ids):
-            if len(row) >= context - 1:
-                row = []
-                rows.append(row)
-            row.extend(between if row else first)
-            taken = ids[start : start + context - len(row)]
-            row.extend(taken)
+            if len(row.ids) >= context - 1:
+                rows.append(row.closed(context, fill))
+                row = _OpenRow()
+            row.add(between if row.ids else first, -1, range(-1, 0))
+            taken = ids[start : start + context - len(row.ids)]
+            row.add(taken, number, range(start, start + len(taken)))
             start += len(taken)
-    if not rows[0]:
+    if not row.ids:
         raise ValueError(f"There is no text: {len(texts)} documents, all of them empty.")
-    return torch.tensor([row + list(fill) * (context - len(row)) for row in rows])
+    rows.append(row.closed(context, fill))
+    return Packed(*torch.stack(rows, dim=1))
+
+
+class _OpenRow:
+    """A row that is being packed."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self._documents: list[int] = []
+        self._positions: list[int] = []
+
+    def add(self, ids: Sequence[int], document: int, positions: Sequence[int]) -> None:
+        self.ids.extend(ids)
+        self._documents.extend([document] * len(ids))
+        self._positions.extend(positions[: len(ids)])
+
+    def closed(self, context: int, fill: Sequence[int]) -> Int[Tensor, "3 context"]:
+        left = context - len(self.ids)
+        return torch.tensor(
+            [self.ids + list(fill) * left, self._documents + [-1] * left, self._positions + [-1] * left]
+        )
 
 
 def expects_bos(bridge: TransformerBridge, special: SpecialTokens) -> bool:
