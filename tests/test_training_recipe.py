@@ -9,7 +9,8 @@ import torch
 
 from scope_lens.sae import HookedSAE, SAEConfig
 from scope_lens.training import TrainConfig, gemma_scope_path, save_gemma_scope
-from scope_lens.training.learner import Learner, normalise_rows, project_out_rows
+from scope_lens.training.initialisation import normalise_rows, project_out_rows
+from scope_lens.training.learner import Learner
 
 SITE = "blocks.1.hook_resid_post"
 SMALL = TrainConfig(
@@ -119,9 +120,9 @@ def test_updates_follow_a_second_implementation(kind, parametrisation):
     d_out = 6 if autoencoder else 4
     ours = learner(cfg, d_out=d_out)
     ours.sae.double()
-    ours.theta.data = ours.theta.data.double()
+    ours.objective.theta.data = ours.objective.theta.data.double()
     p = {name: value.detach().numpy().copy() for name, value in ours.sae.named_parameters()}
-    p["theta"] = ours.theta.detach().numpy().copy()
+    p["theta"] = ours.objective.theta.detach().numpy().copy()
     del p["threshold"]
     second = {name: np.zeros_like(value) for name, value in p.items()}
     rng = np.random.default_rng(0)
@@ -171,10 +172,10 @@ def test_the_inference_form_reads_raw_activations(kind):
     folded = ours.result()
     assert not folded.cfg.pre_encoder_bias
     x = (2.5 * torch.randn(100, 6)).double()
-    sae, folded = ours.sae.double(), folded.double()
+    sae, folded = ours.objective.inference().double(), folded.double()
     torch.testing.assert_close(folded(x), 2.5 * sae(x / 2.5))
     torch.testing.assert_close(folded.encode(x), 2.5 * sae.encode(x / 2.5))
-    torch.testing.assert_close(folded.threshold.float(), 2.5 * ours.threshold().detach().float())
+    torch.testing.assert_close(folded.threshold.float(), 2.5 * ours.objective.threshold().detach().float())
 
 
 def test_dead_counts_rows_since_the_last_firing():

@@ -1,23 +1,28 @@
-"""One dictionary under training: initialisation, one update, and the inference form.
+"""One dictionary under training: its optimiser, one update, and the inference form.
 
 An update (Gemma Scope, arXiv 2408.05147, section 3.2):
 
-1. Loss and gradients on normalised rows (`scope_lens.training.losses`).
+1. Loss and gradients on normalised rows (`scope_lens.training.objectives`).
 2. The part of each `W_dec` row's gradient that is parallel to the row is taken out.
 3. Adam.
 4. `W_dec` rows are rescaled to unit norm.
 
-Normalisation divides by one fixed number: the root mean squared norm of the encoder's input. A transcoder's target is
-divided by the same number (Appendix B).
+The baselines are trained by the same four steps. Normalisation divides by one fixed number: the root mean squared norm
+of the encoder's input. A transcoder's target is divided by the same number (Appendix B).
+
+After the initialisation nothing is drawn at random, so a learner's state holds no generator; on the CPU an update is
+the same bit for bit, whatever else is trained. No part of an update waits for the device.
 """
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from jaxtyping import Bool, Float
+from torch import Tensor
 
 from scope_lens.sae import HookedSAE, SAEConfig
 from scope_lens.training.config import TrainConfig
-from scope_lens.training.losses import LossParts, jumprelu_loss
+from scope_lens.training.initialisation import initialise, normalise_rows, project_out_rows
+from scope_lens.training.losses import LossParts
+from scope_lens.training.objectives import objective_for
 
 
 class Learner:
@@ -29,12 +34,21 @@ class Learner:
         d_out: Width of the target.
         scale: What inputs and targets are divided by.
         model: Name of the language model, for the dictionary's config.
+        device: Where it is trained; the initial values are drawn on the CPU, so they do not depend on it.
     """
 
-    def __init__(self, cfg: TrainConfig, *, d_in: int, d_out: int, scale: float, model: str) -> None:
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        *,
+        d_in: int,
+        d_out: int,
+        scale: float,
+        model: str,
+        device: str | torch.device = "cpu",
+    ) -> None:
         self.cfg = cfg
         self.scale = scale
-        autoencoder = cfg.hook_in == cfg.hook_out
         self.sae = HookedSAE(
             SAEConfig(
                 d_in=d_in,
@@ -42,70 +56,71 @@ class Learner:
                 d_sae=cfg.width,
                 hook_in=cfg.hook_in,
                 hook_out=cfg.hook_out,
-                pre_encoder_bias=autoencoder,
+                # The gate of a Gated dictionary is a ReLU; its magnitudes are the objective's.
+                activation="relu" if cfg.activation == "gated" else cfg.activation,
+                k=cfg.k,
+                skip=cfg.skip,
+                pre_encoder_bias=cfg.hook_in == cfg.hook_out,
                 model=model,
+                untrained=cfg.untrained,
             )
         )
-        initialise(self.sae, threshold=cfg.threshold_init, seed=cfg.seed)
-        assert self.sae.threshold is not None
-        theta = self.sae.threshold.detach().clone()
-        # What Adam sees of the threshold. `sae.threshold` keeps its initial value until `result` copies this one there.
-        self.theta = nn.Parameter(theta.log() if cfg.threshold == "log" else theta)
-        self.sae.threshold.requires_grad = False
+        initialise(self.sae, seed=cfg.seed)
+        self.sae.to(device)
+        self.objective = objective_for(self.sae, cfg)
+        # A JumpReLU's own threshold is not trained: Adam sees it, or its logarithm, as the objective's theta.
         self.parameters = {name: p for name, p in self.sae.named_parameters() if name != "threshold"}
-        self.parameters["theta"] = self.theta
+        self.parameters |= self.objective.parameters
         self.adam = torch.optim.Adam(
             self.parameters.values(), lr=cfg.learning_rate, betas=cfg.betas, eps=cfg.adam_eps, fused=True
         )
-        self.last_fired = torch.zeros(cfg.width, dtype=torch.int64)
+        self.last_fired = torch.zeros(cfg.width, dtype=torch.int64, device=device)
         self.step = 0  # updates made
-        # Whether the state is that after `step` updates, none of them half made and none of a loss that is not finite.
-        self.whole = True
+        self._half_made = False
+        self._loss: Tensor | None = None
 
-    def threshold(self) -> Float[Tensor, " d_sae"]:
-        """Give the thresholds, differentiable in what Adam sees of them."""
-        return self.theta.exp() if self.cfg.threshold == "log" else self.theta
+    @property
+    def whole(self) -> bool:
+        """Whether the state is that after `step` updates, none half made and the last one's loss finite."""
+        return not self._half_made and (self._loss is None or bool(self._loss.isfinite()))
 
     def update(self, x: Float[Tensor, "batch d_in"], y: Float[Tensor, "batch d_out"]) -> LossParts:
-        """Make one update on rows of raw activations, and give the loss before it.
+        """Make one update on rows of raw activations, and give the loss before it, detached.
 
         Args:
             x: Encoder inputs.
             y: Targets; the same tensor for an autoencoder.
         """
-        self.adam.zero_grad()
-        parts = jumprelu_loss(
-            self.sae,
-            (x / self.scale, y / self.scale),
-            threshold=self.threshold(),
-            sparsity=self.cfg.sparsity_at(self.step),
-            bandwidth=self.cfg.bandwidth,
-        )
-        parts.loss.backward()
+        inputs = x / self.scale
+        targets = inputs if y is x else y / self.scale
+        parts = self._gradients(inputs, targets)
         with torch.no_grad():
             project_out_rows(self.sae.W_dec)
             self.adam.param_groups[0]["lr"] = self.cfg.learning_rate_at(self.step)
-            self.whole = False
+            self._half_made = True
             self.adam.step()
             normalise_rows(self.sae.W_dec)
-            if self.cfg.threshold == "direct":
-                self.theta.clamp_(min=0)  # JumpReLU is defined for thresholds that are not negative
+            self.objective.constrain()
             self.step += 1
-            self.last_fired[(parts.acts > 0).any(0)] = self.step * self.cfg.batch_size
-            self.whole = bool(parts.loss.isfinite())
+            self.last_fired.masked_fill_(parts.fired, self._rows_seen())
+            self._loss = parts.loss
+            self._half_made = False
         return parts
 
     def dead(self) -> float:
         """Give the fraction of latents that did not fire in the last `dead_after` rows."""
-        silent = self.step * self.cfg.batch_size - self.last_fired
-        return float((silent >= self.cfg.dead_after).double().mean())
+        return float(self.dead_latents().double().mean())
+
+    def dead_latents(self) -> Bool[Tensor, " d_sae"]:
+        """Say which latents did not fire in the last `dead_after` rows."""
+        return self._rows_seen() - self.last_fired >= self.cfg.dead_after
 
     def result(self) -> HookedSAE:
-        """Give the dictionary in its inference form: it reads and writes raw activations."""
-        assert self.sae.threshold is not None
-        with torch.no_grad():
-            self.sae.threshold.copy_(self.threshold())
-        return self.sae.to_inference(self.scale)
+        """Give the dictionary in its inference form: it reads and writes raw activations.
+
+        All kinds but TopK come as JumpReLU dictionaries (`scope_lens.training.objectives`).
+        """
+        return self.objective.inference().to_inference(self.scale)
 
     def state(self) -> dict[str, Tensor]:
         """Give everything an update depends on, by name."""
@@ -113,7 +128,7 @@ class Learner:
         for name, parameter in self.parameters.items():
             for key, value in self.adam.state[parameter].items():
                 tensors[f"adam.{name}.{key}"] = value
-        return tensors | {"last_fired": self.last_fired, "step": torch.tensor(self.step)}
+        return tensors | self.objective.buffers | {"last_fired": self.last_fired, "step": torch.tensor(self.step)}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take up the state that another learner of the same settings gave.
@@ -122,64 +137,28 @@ class Learner:
             KeyError: A tensor is missing.
             ValueError: A tensor has another shape.
         """
+        own = self.parameters | self.objective.buffers | {"last_fired": self.last_fired}
+        for name, tensor in own.items():
+            if tensor.shape != state[name].shape:
+                raise ValueError(f"{name} has shape {tuple(state[name].shape)}, expected {tuple(tensor.shape)}")
         with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(state[name])
             for name, parameter in self.parameters.items():
-                if parameter.shape != state[name].shape:
-                    raise ValueError(f"{name} has shape {tuple(state[name].shape)}, expected {tuple(parameter.shape)}")
-                parameter.copy_(state[name])
                 keys = [key for key in state if key.startswith(f"adam.{name}.")]
-                self.adam.state[parameter] = {key.rsplit(".", 1)[1]: state[key].clone() for key in keys}
-            self.last_fired = state["last_fired"].clone()
+                self.adam.state[parameter] = {
+                    key.rsplit(".", 1)[1]: state[key].clone().to(parameter.device) for key in keys
+                }
             self.step = int(state["step"])
 
+    def _gradients(self, x: Tensor, y: Tensor) -> LossParts:
+        """Fill every parameter's gradient, and give the loss; the one place that picks how."""
+        self.adam.zero_grad()
+        # Before `dead_after` rows no latent can be dead, which is known without asking the device.
+        dead = self.dead_latents() if self._rows_seen() >= self.cfg.dead_after else None
+        parts = self.objective.loss((x, y), step=self.step, dead=dead)
+        parts.loss.backward()
+        return parts.detached()
 
-@torch.no_grad()
-def initialise(sae: HookedSAE, *, threshold: float, seed: int) -> None:
-    """Set a dictionary's parameters to their initial values, in place.
-
-    `W_dec` is He-uniform with its rows rescaled to unit norm; an autoencoder's `W_enc` is its transpose; biases are
-    zero. A transcoder's `W_enc` is an independent draw of unit columns, because the text says only that it is not tied.
-
-    Args:
-        sae: The dictionary in its training form.
-        threshold: Initial threshold.
-        seed: Of the draw.
-
-    Source: Gemma Scope, section 3.2 and Appendix B.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    _unit_rows(sae.W_dec, generator)
-    if sae.cfg.is_autoencoder:
-        sae.W_enc.copy_(sae.W_dec.T)
-    else:
-        rows = torch.empty_like(sae.W_enc.T)
-        _unit_rows(rows, generator)
-        sae.W_enc.copy_(rows.T)
-    sae.b_enc.zero_()
-    sae.b_dec.zero_()
-    assert sae.threshold is not None
-    sae.threshold.fill_(threshold)
-
-
-@torch.no_grad()
-def project_out_rows(weight: Float[Tensor, "d_sae d_out"]) -> None:
-    """`g - (g . w) w` for each row w of unit norm and its gradient g, in place in `weight.grad`.
-
-    Raises:
-        ValueError: `weight` has no gradient.
-    """
-    if weight.grad is None:
-        raise ValueError("project_out_rows works on weight.grad, which is None; call backward first.")
-    along = (weight.grad * weight).sum(1, keepdim=True)
-    weight.grad.addcmul_(along, weight, value=-1)
-
-
-@torch.no_grad()
-def normalise_rows(weight: Float[Tensor, "d_sae d_out"]) -> None:
-    """Rescale each row to unit norm, in place."""
-    weight.div_(weight.norm(dim=1, keepdim=True))
-
-
-def _unit_rows(weight: Tensor, generator: torch.Generator) -> None:
-    nn.init.kaiming_uniform_(weight, generator=generator)
-    normalise_rows(weight)
+    def _rows_seen(self) -> int:
+        return self.step * self.cfg.batch_size
