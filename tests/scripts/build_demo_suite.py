@@ -1,13 +1,15 @@
 """Make the embedded model's folder and train its suite of dictionaries, `scope_lens/demo/`.
 
-    python tests/scripts/build_demo_suite.py all --data ../shared/data --work /path/for/the/store
+    python tests/scripts/train_demo_model.py --work /path/for/the/work
+    python tests/scripts/build_demo_suite.py all --work /path/for/the/work
 
-1. `model`: the trained tiny Gemma 2 as bfloat16 safetensors with its tokenizer, and the hold-out text.
-2. `harvest`: activations of the training corpus at every site, once.
-3. `train`: four dictionaries at a time, layer by layer. Killed, it goes on from its last checkpoint. Harvest and
-   training take a quarter of a CPU-hour on one thread.
+1. `model`: the trained model as bfloat16 safetensors with its tokenizer, and the hold-out text.
+2. `harvest`: activations of the corpora the model was trained on, at every site, once.
+3. `train`: four dictionaries at a time, layer by layer, then the ladder of one layer; `--run` trains one of these runs.
+   Killed, it goes on from its last checkpoint.
 4. `export`: `params.npz` of every dictionary, its L0 measured on the hold-out text.
-5. `report`: fidelity of every dictionary on the hold-out text, to `docs/benchmarks/demo_suite.md`.
+5. `report`: the model's losses and agreement, and the fidelity of every dictionary on the hold-out text, to
+   `docs/benchmarks/demo_suite.md`.
 
 For the speed of one thread set MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000
 MALLOC_TOP_PAD_=500000000, so that freed memory is reused.
@@ -16,27 +18,33 @@ MALLOC_TOP_PAD_=500000000, so that freed memory is reused.
 import argparse
 import dataclasses
 import json
+import random
 import shutil
 import time
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from train_demo_model import BATCH, CONTEXT, SEPARATOR, SHARES, UNSEEN, corpora, held_out_text, measure, sentence_nouns
+from transformers import AutoModelForCausalLM
 
 from scope_lens import demo
 from scope_lens.evaluation import evaluate
-from scope_lens.releases import hooks_for
+from scope_lens.releases import hooks_for, width_name
+from scope_lens.sae import HookedSAE
 from scope_lens.training import ActivationStore, TrainConfig, Trainer, gemma_scope_path, save_gemma_scope
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "scope_lens" / "demo"
-SEPARATOR = "\n<|endoftext|>\n"
 LAYERS = range(4)
 SITES = ("res", "mlp", "att", "transcoder")
 WIDTH = 1024
 ROWS = 1_300_000
 STEPS = 2_500
 REPORTED = 100
+# Of each corpus, so many documents: 1.3 million tokens, three quarters of them stories.
+HARVESTED = {"stories": 4_100, "fairytales": 450, "classics": 500, "agreement": 6_000}
 # Coefficient of L0 for each site, layer by layer, chosen by trial runs of 400 to 1,000 steps.
 SPARSITY = {
     "res": (1.5e-3, 2e-3, 2.2e-3, 2.5e-3),
@@ -44,47 +52,46 @@ SPARSITY = {
     "att": (1.5e-3, 1.5e-3, 1.5e-3, 2e-3),
     "transcoder": (5e-4, 6e-4, 7e-4, 8e-4),
 }
+# Beside the residual SAE of layer 2 above: width and coefficients of L0.
+LADDER = {1024: (6e-3, 9e-4), 4096: (5e-3, 1.8e-3, 7e-4)}
+LADDER_LAYER = 2
 # At the preset's learning rate half of these latents die.
 OWN_SETTINGS = {("att", 1): {"learning_rate": 5e-3}}
 
 
-def documents(file: Path) -> list[str]:
-    return file.read_text(encoding="utf-8").removesuffix(SEPARATOR).split(SEPARATOR)
+def runs() -> dict[str, list[tuple[str, int, TrainConfig]]]:
+    """Site, layer and settings of every dictionary, by the run that trains it."""
+    layers = {f"layer_{layer}": [_config(site, layer, SPARSITY[site][layer]) for site in SITES] for layer in LAYERS}
+    rungs = {
+        f"ladder_{width_name(width)}": [_config("res", LADDER_LAYER, coefficient, width) for coefficient in of]
+        for width, of in LADDER.items()
+    }
+    return layers | rungs
 
 
-def write_model(data: Path) -> None:
-    source, target = data / "tiny-gemma2-stories", DEMO / "model"
+def _config(site: str, layer: int, sparsity: float, width: int = WIDTH) -> tuple[str, int, TrainConfig]:
+    config = TrainConfig.short_run(site=site, layer=layer, width=width, sparsity=sparsity, steps=STEPS)
+    return site, layer, dataclasses.replace(config, **OWN_SETTINGS.get((site, layer), {}))
+
+
+def write_model(data: Path, work: Path) -> None:
+    architecture, target = data / "tiny-gemma2-stories", DEMO / "model"
     target.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.bfloat16() for name, tensor in load_file(source / "model.safetensors").items()}
+    weights = {name: tensor.bfloat16() for name, tensor in load_file(work / "model" / "model.safetensors").items()}
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
     (target / "model.safetensors").chmod(0o644)
-    config = json.loads((source / "config.json").read_text()) | {"dtype": "bfloat16"}
+    config = json.loads((architecture / "config.json").read_text()) | {"dtype": "bfloat16"}
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(source / name, target / name)
-    # Part of the corpus called held-out is in the training corpora, word for word or with another middle.
-    trained_on = [(data / "corpora" / f"tinystories_{name}.txt").read_text() for name in ("train", "truecased_extra")]
-    held_out = [
-        document
-        for document in documents(data / "corpora" / "tinystories_val.txt")
-        if not any(document[:120] in corpus or document[-120:] in corpus for corpus in trained_on)
-    ]
-    (DEMO / "text.txt").write_text(SEPARATOR.join(held_out), encoding="utf-8")
-
-
-def configs(layer: int) -> list[TrainConfig]:
-    return [
-        dataclasses.replace(
-            TrainConfig.short_run(site=site, layer=layer, width=WIDTH, sparsity=SPARSITY[site][layer], steps=STEPS),
-            **OWN_SETTINGS.get((site, layer), {}),
-        )
-        for site in SITES
-    ]
+        shutil.copyfile(architecture / name, target / name)
+    (DEMO / "text.txt").write_text(SEPARATOR.join(held_out_text(data)), encoding="utf-8")
 
 
 def harvest(data: Path, work: Path) -> None:
     names = sorted({hook for site in SITES for layer in LAYERS for hook in hooks_for(site, layer)})
-    text = documents(data / "corpora" / "tinystories_train.txt")
+    draw = random.Random(1)  # noqa: S311  (no secret)
+    text = [text for name, texts in corpora(data).items() for text in draw.sample(texts, HARVESTED[name])]
+    draw.shuffle(text)
     start = time.process_time()
     ActivationStore.harvest(demo.load_model(), text, sites=names, path=work / "store", rows=ROWS)
     note_seconds(work, "harvest", time.process_time() - start)
@@ -92,104 +99,159 @@ def harvest(data: Path, work: Path) -> None:
 
 def note_seconds(work: Path, part: str, seconds: float) -> None:
     """Keep the CPU time of a part; what an earlier process spent on it is added."""
-    file = work / "seconds.json"
-    noted = json.loads(file.read_text()) if file.exists() else {}
-    noted[part] = round(noted.get(part, 0) + seconds, 1)
-    file.write_text(json.dumps(noted) + "\n")
-    print("CPU seconds", noted, flush=True)
+    file = work / f"{part}.seconds"
+    earlier = float(file.read_text()) if file.exists() else 0.0
+    file.write_text(f"{earlier + seconds:.1f}\n")
 
 
-def train(work: Path) -> None:
+def train(work: Path, only: str | None) -> None:
     store = ActivationStore.open(work / "store")
-    for layer in LAYERS:
-        folder = work / f"layer_{layer}"
+    for run, dictionaries in runs().items():
+        if only not in (None, run):
+            continue
+        folder = work / run
         made = (folder / "checkpoint.safetensors").exists()
-        trainer = Trainer.resume(folder) if made else Trainer(configs(layer), folder=folder, checkpoint_every=100)
+        configs = [config for _, _, config in dictionaries]
+        trainer = Trainer.resume(folder) if made else Trainer(configs, folder=folder, checkpoint_every=100)
         start = time.process_time()
         for result in trainer.run(store, progress=False):
             if result.step % 100 == 0:
-                print(layer, SITES[result.index], json.dumps(dataclasses.asdict(result)), flush=True)
-        note_seconds(work, f"layer {layer}", time.process_time() - start)
+                print(run, *dictionaries[result.index][:2], json.dumps(dataclasses.asdict(result)), flush=True)
+            if result.step % 100 == 0 and result.index == len(configs) - 1:
+                note_seconds(work, run, time.process_time() - start)
+                start = time.process_time()
 
 
 def export(work: Path) -> None:
-    model = demo.load_model()
-    for layer in LAYERS:
-        if not (work / f"layer_{layer}" / "checkpoint.safetensors").exists():
-            continue
-        saes = Trainer.resume(work / f"layer_{layer}").result()
+    model, suite = demo.load_model(), DEMO / "suite.part"
+    shutil.rmtree(suite, ignore_errors=True)
+    for run, dictionaries in runs().items():
+        saes = Trainer.resume(work / run).result()
         names = sorted({sae.cfg.hook_in for sae in saes})
         rows = ActivationStore.harvest(model, demo.text(), sites=names, dtype=torch.float32)
-        for site, sae in zip(SITES, saes, strict=True):
+        for (site, layer, config), sae in zip(dictionaries, saes, strict=True):
             with torch.no_grad():
                 active = sum(int((sae.encode(x) > 0).sum()) for (x,) in rows.batches(sae.cfg.hook_in, size=4096))
-            path = gemma_scope_path(layer=layer, width=WIDTH, l0=active / rows.rows)
-            shutil.rmtree(DEMO / "suite" / site / f"layer_{layer}", ignore_errors=True)
-            print(save_gemma_scope(sae, DEMO / "suite" / site / path))
+            path = gemma_scope_path(layer=layer, width=config.width, l0=active / rows.rows)
+            print(save_gemma_scope(sae, suite / site / path))
+    shutil.rmtree(DEMO / "suite", ignore_errors=True)
+    suite.rename(DEMO / "suite")
 
 
-def report(work: Path) -> None:
-    model, text = demo.load_model(), demo.text()[:REPORTED]
-    lines = []
-    for sae in demo.load_saes():
-        result = evaluate(model, text, saes=sae, progress=False)
-        site, layer = sae.cfg.path.split("/")[:2]
-        out = sae.cfg.hook_out
-        lines.append(
-            f"| {site} | {layer.removeprefix('layer_')} | {result.l0[out]:.1f} | {result.fvu[out]:.3f} "
-            f"| {result.dead[out]:.3f} | {result.delta_loss:.4f} ± {result.delta_loss_se:.4f} "
-            f"| {result.loss_recovered:.3f} |"
-        )
-        print(lines[-1], flush=True)
-    seconds = json.loads((work / "seconds.json").read_text())
-    minutes = sum(seconds.values()) / 60
-    parts = ", ".join(f"{part} {value:.0f} s" for part, value in seconds.items())
+def report(data: Path, work: Path) -> None:
+    torch.set_num_threads(1)
+    seconds = {run: float((work / f"{run}.seconds").read_text()) for run in ("harvest", *runs())}
+    trained = json.loads((work / "model_log.jsonl").read_text().splitlines()[-1])
     sparsity = "; ".join(f"{site} {', '.join(f'{value:g}' for value in SPARSITY[site])}" for site in SITES)
-    cfg = configs(0)[0]
+    rungs = "; ".join(f"width {width_name(width)} {', '.join(f'{c:g}' for c in of)}" for width, of in LADDER.items())
     own = "; ".join(
         f"{site} of layer {layer}, {name} {value:g}"
         for (site, layer), settings in OWN_SETTINGS.items()
         for name, value in settings.items()
     )
+    nouns = sentence_nouns(data)
+    known = ", ".join(noun for noun, _ in (*nouns.people, *nouns.things))
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in SHARES.items())
+    parts = ", ".join(f"{part} {value:.0f} s" for part, value in seconds.items())
+    tokens = trained["step"] * BATCH * CONTEXT
+    cfg = runs()["layer_0"][0][2]
+    suite, loss_terms, loss = _fidelity(demo.load_saes())
+    ladder, _, _ = _fidelity(demo.load_ladder())
     page = f"""# The embedded suite
 
+## The model
+
+A Gemma 2 of 3.1 million parameters, trained from scratch by `tests/scripts/train_demo_model.py`:
+{trained["step"]:,} steps of {BATCH} rows of {CONTEXT} tokens, {tokens / 1e6:.1f} million in all,
+{trained["cpu_seconds"] / 60:.0f} CPU-minutes on one thread of a shared CPU. Rows by source: {shares}.
+Stories are TinyStories; `agreement` is sentences that `tests/scripts/agreement_sentences.py` makes from nouns of the
+*training* files of feature-circuits' agreement pairs (Marks et al. 2024, arXiv 2403.19647). Their nouns:
+{known}.
+
+Measured in float32 on the embedded bfloat16 weights. Loss is in nats per token on the 161 stories of `demo.text()`,
+which are in none of the corpora. Agreement is the share of prompts after which the agreeing verb has the larger logit
+(BOS, the prompt, last position), over the training files of the pairs; the test files were not used. A prompt counts
+as held out if one of its nouns is in none of the sentences. "Other nouns" are {len(UNSEEN)} nouns of people that are
+neither in the sentences nor in the pairs, in both numbers before has/have, does/do, is/are and goes/go.
+
+| | loss | simple | simple, held out | nounpp | nounpp, held out | other nouns |
+|---|--:|--:|--:|--:|--:|--:|
+| embedded | {_measured(data, DEMO / "model")} |
+| the one before, stories alone | {_measured(data, data / "tiny-gemma2-stories")} |
+
+## The dictionaries
+
 Fidelity of the dictionaries in `scope_lens/demo/suite`, measured by `scope_lens.evaluation.evaluate` on the first
-{REPORTED} held-out stories ({result.n_tokens:,} loss terms), float32, splice-in at trained positions. Delta loss is in
-nats per token with its standard error clustered by sequence; the model's own loss is {result.ce_clean:.4f}. Loss
+{REPORTED} held-out stories ({loss_terms:,} loss terms), float32, splice-in at trained positions. Delta loss is in
+nats per token with its standard error clustered by sequence; the model's own loss is {loss:.4f}. Loss
 recovered is relative to mean ablation. `dead` is the fraction of latents that never fire on this text.
 
-| site | layer | L0 | FVU | dead | delta loss | loss recovered |
-|---|--:|--:|--:|--:|--:|--:|
-{chr(10).join(lines)}
+{suite}
 
-Made by `python tests/scripts/build_demo_suite.py all --work <folder>`: {ROWS:,} rows at most of TinyStories,
-{cfg.steps:,} updates of {cfg.batch_size:,} rows for each dictionary of {WIDTH:,} latents, learning rate
+## The ladder
+
+The residual stream after layer {LADDER_LAYER} at two widths and three L0s each (`demo.load_ladder()`); the middle one
+of width {width_name(WIDTH)} is that of the table above.
+
+{ladder}
+
+## How they were made
+
+`python tests/scripts/build_demo_suite.py all --work <folder>`: {ROWS:,} rows at most from the corpora of the model,
+three quarters of them stories; {cfg.steps:,} updates of {cfg.batch_size:,} rows for each dictionary, learning rate
 {cfg.learning_rate:g}, threshold trained directly (`TrainConfig.short_run`). One thread of a shared CPU took
-{minutes:.0f} CPU-minutes in all: {parts}.
+{sum(seconds.values()) / 60:.0f} CPU-minutes in all: {parts}.
 torch {torch.__version__}.
 
-Coefficients of L0, layers 0 to 3: {sparsity}. Settings of their own: {own}.
+Coefficients of L0, layers 0 to 3: {sparsity}. Ladder: {rungs}. Settings of their own: {own}.
 """
     (ROOT / "docs" / "benchmarks" / "demo_suite.md").write_text(page)
+
+
+def _measured(data: Path, folder: Path) -> str:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    found = measure(model, Tokenizer.from_file(str(folder / "tokenizer.json")), data, "cpu")
+    shares = (found[name] for name in ("simple_known", "simple_held_out", "nounpp_known", "nounpp_held_out", "unseen"))
+    return f"{found['held_out_loss']:.3f} | " + " | ".join(f"{share:.1%}" for share in shares)
+
+
+def _fidelity(saes: list[HookedSAE]) -> tuple[str, int, float]:
+    """A table of dictionaries, the number of loss terms behind it and the model's own loss."""
+    model, text, lines = demo.load_model(), demo.text()[:REPORTED], []
+    for sae in saes:
+        result = evaluate(model, text, saes=sae, progress=False)
+        site, layer = sae.cfg.path.split("/")[:2]
+        out = sae.cfg.hook_out
+        lines.append(
+            f"| {site} | {layer.removeprefix('layer_')} | {width_name(sae.cfg.d_sae)} | {result.l0[out]:.1f} "
+            f"| {result.fvu[out]:.3f} | {result.dead[out]:.3f} | {result.delta_loss:.4f} ± {result.delta_loss_se:.4f} "
+            f"| {result.loss_recovered:.3f} |"
+        )
+        print(lines[-1], flush=True)
+    head = (
+        "| site | layer | width | L0 | FVU | dead | delta loss | loss recovered |\n|---|--:|--:|--:|--:|--:|--:|--:|\n"
+    )
+    return head + "\n".join(lines), result.n_tokens, result.ce_clean
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=("model", "harvest", "train", "export", "report", "all"))
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--work", type=Path, required=True, help="folder for the store and the checkpoints (10 GB)")
+    parser.add_argument("--work", type=Path, required=True, help="folder of the model, the store and the checkpoints")
+    parser.add_argument("--run", choices=tuple(runs()), help="train this run alone")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.step in ("model", "all"):
-        write_model(arguments.data)
+        write_model(arguments.data, arguments.work)
     if arguments.step in ("harvest", "all"):
         harvest(arguments.data, arguments.work)
     if arguments.step in ("train", "all"):
-        train(arguments.work)
+        train(arguments.work, arguments.run)
     if arguments.step in ("export", "all"):
         export(arguments.work)
     if arguments.step in ("report", "all"):
-        report(arguments.work)
+        report(arguments.data, arguments.work)
 
 
 if __name__ == "__main__":

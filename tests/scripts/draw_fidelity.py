@@ -16,12 +16,11 @@ import torch
 
 from scope_lens import demo, figures
 from scope_lens.evaluation.each import evaluate_each
-from scope_lens.releases import loaders
 
 
 def main(results: Path, image: Path, chromium: str) -> None:
     torch.set_num_threads(1)
-    saes = loaders(str(demo.path() / "suite"), model=demo.MODEL_NAME)
+    saes = {sae.cfg.path: sae for sae in demo.load_saes()}
     named = list(evaluate_each(demo.load_model(), demo.text(), saes=saes, path=results))
     figure = figures.fidelity([result for _, result in named])
     with tempfile.TemporaryDirectory() as folder:

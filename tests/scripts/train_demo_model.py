@@ -4,8 +4,9 @@
 
 1. Text: TinyStories, fairy tales, children's classics, and sentences made from nouns of the *training* files of
    feature-circuits' agreement pairs (`agreement_sentences.py`). A story of the hold-out text in any of it is an error.
-2. Rows of 256 tokens, each from BOS on, the sources interleaved in fixed shares; documents in a row do not see each
-   other. The rows and their order are a function of the seed alone, so a step number is a position in the data.
+2. Rows of 256 tokens, each from BOS on, the sources interleaved in fixed shares. In every other row a document does
+   not see those before it, so that the model reads a text by itself and packed ones alike. The rows and their order are
+   a function of the seed alone, so a step number is a position in the data.
 3. AdamW under bfloat16 autocast; learning rate constant, then linear to zero (Hägele et al. 2024, arXiv 2405.18392),
    so that the number of steps may still be chosen while the first ones run.
 4. A checkpoint every 200 steps, written whole. Started again with the same arguments, the run goes on from it.
@@ -20,6 +21,7 @@ import json
 import lzma
 import random
 import time
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -48,8 +50,15 @@ UNSEEN = (
 )  # fmt: skip
 
 
-def held_out_text() -> list[str]:
-    return (ROOT / "scope_lens" / "demo" / "text.txt").read_text(encoding="utf-8").split(SEPARATOR)
+@cache
+def held_out_text(data: Path) -> list[str]:
+    """Take the stories called held-out that are in no training corpus; some are, whole or with another middle."""
+    folder = data / "corpora"
+    trained_on = [(folder / f"tinystories_{name}.txt").read_text() for name in ("train", "truecased_extra")]
+    stories = (folder / "tinystories_val.txt").read_text(encoding="utf-8").removesuffix(SEPARATOR).split(SEPARATOR)
+    return [
+        story for story in stories if not any(story[:120] in corpus or story[-120:] in corpus for corpus in trained_on)
+    ]
 
 
 def passages(book: str, *, length: int = 900) -> list[str]:
@@ -85,7 +94,7 @@ def corpora(data: Path) -> dict[str, list[str]]:
     texts = {name: [text.strip() for text in found if text.strip()] for name, found in texts.items()}
     for name, found in texts.items():
         everything = "\n".join(found)
-        seen = [text for text in held_out_text() if text[:120] in everything or text[-120:] in everything]
+        seen = [text for text in held_out_text(data) if text[:120] in everything or text[-120:] in everything]
         if seen:
             raise ValueError(f"{len(seen)} stories of the hold-out text are in {name}: {seen[0][:60]!r} ...")
     return texts
@@ -143,8 +152,9 @@ def new_model(data: Path, seed: int) -> torch.nn.Module:
 
 
 def masks(tokens: torch.Tensor, window: int) -> dict[str, torch.Tensor]:
-    """Additive masks: a token sees earlier ones of its own document."""
+    """Additive masks: a token sees earlier ones, in the odd rows only those of its own document."""
     document = (tokens == BOS).cumsum(1)
+    document[::2] = 0
     position = torch.arange(tokens.shape[1], device=tokens.device)
     back = position[:, None] - position[None]
     sees = (document[:, :, None] == document[:, None]) & (back >= 0)
@@ -186,7 +196,7 @@ def agreement(model: torch.nn.Module, tokenizer: Tokenizer, pairs: list[Pair], d
 def measure(model: torch.nn.Module, tokenizer: Tokenizer, data: Path, device: str) -> dict[str, float]:
     """Loss on the hold-out text, nats per token in float32, and agreement by where its nouns stand."""
     total, count = 0.0, 0
-    for story in held_out_text():
+    for story in held_out_text(data):
         tokens = torch.tensor([tokenizer.encode(story).ids[:CONTEXT]], device=device)
         logits = model(tokens).logits
         total += torch.nn.functional.cross_entropy(logits[0, :-1], tokens[0, 1:], reduction="sum").item()
@@ -250,7 +260,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--work", type=Path, required=True, help="folder for rows, checkpoints and the finished model")
-    parser.add_argument("--steps", type=int, default=5_000, help="of 4,096 tokens each")
+    parser.add_argument("--steps", type=int, default=3_800, help="of 4,096 tokens each")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
