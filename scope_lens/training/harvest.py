@@ -1,184 +1,205 @@
-"""Fill arrays with the activations of a model's hook points.
+"""One run of the model over the text, into tensors in memory.
 
-1. Documents become token sequences; special positions are left out, and a random sample of the others is drawn.
-2. Every kept position has its row number before the first forward, so a harvest that is taken up again writes what an
-   unbroken one would have written. Rows stand in the order of the text; a reader shuffles them.
-3. The model runs batch by batch, and each forward is broken off as soon as the last site has fired. Leading padding is
-   masked out; padding behind the text cannot act on it.
+1. Everything is settled before the first forward (`Harvest.plan`): the text, the sample, the sites, and the number that
+   each row will have.
+2. The model runs batch by batch, each forward as far as the last site.
+3. Rows are cast, checked and put in their places; the mean squared norm of each site is summed as they are stored.
+
+`harvest_folder` does the same into a folder, and takes up where a killed harvest stopped.
 """
 
-import contextlib
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
 from scope_lens.fingerprints import model_fingerprint
 from scope_lens.model import ScopeModel
-from scope_lens.packing import Tokens, leading_pad, token_rows
-from scope_lens.sites import Sites
-from scope_lens.special_tokens import SpecialTokens, special_token_ids, untrained_positions
+from scope_lens.packing import Tokens
+from scope_lens.training.corpus import Corpus, Origin, SequenceBatch
+from scope_lens.training.manifest import DTYPES, StoreManifest, source_of, tokenizer_hash, versions
+from scope_lens.training.placement import Placement
+from scope_lens.training.site_rows import SiteRows
 
-_LONGEST_CONTEXT = 1_024  # Gemma Scope's, arXiv 2408.05147, section 3.1
+
+class Harvested(NamedTuple):
+    """What one forward gave.
+
+    Attributes:
+        first_row: Number of its first row in the harvest.
+        batch: What was run.
+        rows: Each site's rows.
+    """
+
+    first_row: int
+    batch: SequenceBatch
+    rows: dict[str, Float[Tensor, "row _"]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class HarvestPlan:
+class Harvest:
     """What a harvest will do, settled before the first forward.
 
     Attributes:
-        model: The language model.
-        model_name: Its name.
-        tokens: Token ids, one tensor for each run of sequences of one length.
-        row_of: Row number of each position of each tensor, -1 where it is left out.
-        widths: Each site's width, flattened over heads.
-        special: Ids of special tokens.
-        rows: Number of rows.
-        fingerprint: Hash of the tokens, the settings and the model.
+        corpus: The text, and which positions are kept.
+        site_rows: The forward.
+        dtype: Of the rows.
+        placement: The number of each row.
+        identity: Everything that determines the rows.
+        model_name: Name of the language model.
+        seed: Of the sample and of the order.
     """
 
-    model: ScopeModel
+    corpus: Corpus
+    site_rows: SiteRows
+    dtype: torch.dtype
+    placement: Placement
+    identity: Mapping[str, Any]
     model_name: str
-    tokens: Sequence[Int[Tensor, "_ _"]]
-    row_of: Sequence[Int[Tensor, "_ _"]]
-    widths: Mapping[str, int]
-    special: SpecialTokens
-    rows: int
-    fingerprint: str
+    seed: int
 
     @classmethod
-    def make(
+    def plan(
         cls,
         model: ScopeModel,
         text_or_tokens: Tokens,
         *,
         sites: str | Sequence[str],
-        rows: int,
+        rows: int | None,
+        dtype: torch.dtype,
         seed: int,
-    ) -> "HarvestPlan":
-        """Tokenise, resolve the sites, measure their widths on one token, and draw the sample.
+        untrained: Sequence[str],
+    ) -> "Harvest":
+        """Tokenise, resolve the sites, measure their widths, and draw the sample.
+
+        Args:
+            model: The language model; dictionaries attached to it act.
+            text_or_tokens: Documents, or token ids.
+            sites: Hook names.
+            rows: Most rows to keep; None keeps every position.
+            dtype: Of the rows.
+            seed: Of the sample and of the order.
+            untrained: Kinds of positions to leave out.
 
         Raises:
             KeyError: The model has no such hook.
-            ValueError: No site, no row to keep, a site that does not fire, or tokens that `token_rows` refuses.
+            ValueError: See `ActivationStore.harvest`.
         """
-        sites = (sites,) if isinstance(sites, str) else tuple(sites)
-        if not sites or len(set(sites)) != len(sites):
-            raise ValueError(f"A harvest needs one or more sites, each named once; found {list(sites)}.")
-        if rows < 1:
+        if dtype not in DTYPES.values():
+            raise ValueError(f"A store keeps rows as {sorted(DTYPES)}; found dtype={dtype}.")
+        if rows is not None and rows < 1:
             raise ValueError(f"rows is {rows}; expected 1 row or more.")
+        corpus = Corpus(model, text_or_tokens, untrained=untrained)
+        if rows is not None:
+            corpus.sample(rows, seed=seed)
+        site_rows = SiteRows(model, sites, corpus=corpus, dtype=dtype)
         bridge = model.model
-        known = Sites(bridge)
-        for site in sites:
-            known.resolve(bridge, site)
-        special = special_token_ids(bridge)
-        tokens = token_rows(model, text_or_tokens, context=_LONGEST_CONTEXT, purpose="harvest")
-        counted = [~untrained_positions(part, special, ("bos", "eos", "pad")).flatten() for part in tokens]
-        positions = torch.cat(counted).nonzero().flatten()
-        shapes = " ".join(str(tuple(part.shape)) for part in tokens)
-        order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(seed))[:rows]
-        if len(order) == 0:
-            raise ValueError(
-                f"There is no activation to harvest: all of the {shapes} tokens are BOS, EOS or padding. Give the "
-                "harvest text."
-            )
-        row_of = torch.full((sum(part.numel() for part in tokens),), -1)
-        row_of[positions[order.sort().values]] = torch.arange(len(order))
-        name = str(bridge.cfg.model_name)
-        settings = f"{name} {list(model.attached)} {shapes} {list(sites)} {rows} {seed}"
-        fingerprint = hashlib.sha256(settings.encode())
-        for part in tokens:
-            fingerprint.update(part.numpy().tobytes())
-        fingerprint.update(model_fingerprint(bridge).encode())
-        caught = _activations(model, tokens[0][:1, :2], sites=sites, special=special)
+        identity = {
+            "model_fingerprint": model_fingerprint(bridge),
+            "tokenizer": tokenizer_hash(bridge),
+            "data": corpus.digest(),
+            "attached": [str(name) for name in model.attached],
+            "sites": sorted(min(names) for names in site_rows.aliases),
+            "rows": corpus.rows,
+            "dtype": str(dtype).removeprefix("torch."),
+            "untrained": sorted(untrained),
+            "seed": seed,
+        }
         return cls(
-            model=model,
-            model_name=name,
-            tokens=tokens,
-            row_of=[
-                rows.view_as(part)
-                for rows, part in zip(row_of.split([part.numel() for part in tokens]), tokens, strict=True)
-            ],
-            widths={site: rows.shape[-1] for site, rows in caught.items()},
-            special=special,
-            rows=len(order),
-            fingerprint=fingerprint.hexdigest(),
+            corpus=corpus,
+            site_rows=site_rows,
+            dtype=dtype,
+            placement=Placement(corpus.rows, seed=seed),
+            identity=identity,
+            model_name=str(bridge.cfg.model_name),
+            seed=seed,
+        )
+
+    @property
+    def source(self) -> str:
+        """Hash of everything that determines the rows."""
+        return source_of(self.identity)
+
+    def documents(self) -> frozenset[str]:
+        """Hash the documents; see `Corpus.documents`."""
+        return frozenset(name for names in self.corpus.documents() for name in names)
+
+    def forwards(self, *, batch_size: int, first: int = 0, progress: bool) -> Iterator[Harvested]:
+        """Run the model from sequence number `first` of the harvest on.
+
+        Args:
+            batch_size: Sequences of a forward.
+            first: Sequences that are done.
+            progress: Whether a progress bar is shown.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; expected 1 sequence or more.")
+        order = self.corpus.order(self.seed, 0)
+        row = self.corpus.rows_before(order, first)
+        done, label = first, "harvest, resumed" if first else "harvest"
+        with tqdm(total=len(order), initial=first, desc=label, unit="sequence", disable=not progress) as bar:
+            while done < len(order):
+                batch = self.corpus.batch(order, done, size=batch_size)
+                yield Harvested(row, batch, self.site_rows(batch))
+                row += len(batch.kept)
+                bar.update(batch.sequences - done)
+                done = batch.sequences
+
+    def describe(self, square_sums: Mapping[str, float], *, rows: int | None = None) -> StoreManifest:
+        """Write down what the rows are.
+
+        Args:
+            square_sums: Sum of ||x||^2 over the rows of each site.
+            rows: How many were summed; None means all of the harvest.
+        """
+        counted = self.corpus.rows if rows is None else rows
+        return StoreManifest(
+            model=self.model_name,
+            model_fingerprint=self.identity["model_fingerprint"],
+            tokenizer=self.identity["tokenizer"],
+            sites=self.site_rows.sites,
+            aliases=self.site_rows.aliases,
+            widths=tuple(self.site_rows.widths.values()),
+            mean_square_norms=tuple(square_sums[site] / counted for site in self.site_rows.sites),
+            rows=counted,
+            dtype=self.identity["dtype"],
+            untrained=tuple(self.identity["untrained"]),
+            attached=tuple(self.identity["attached"]),
+            documents=self.corpus.n_documents,
+            data=self.identity["data"],
+            seed=self.seed,
+            source=self.source,
+            versions=versions(),
         )
 
 
-def fill(
-    plan: HarvestPlan, arrays: Mapping[str, Tensor], *, batch_size: int, first: int = 0, progress: bool
-) -> Iterator[int]:
-    """Write each kept activation to its row.
-
-    Args:
-        plan: What to harvest.
-        arrays: One of shape (rows, width) for each site; written in place.
-        batch_size: Sequences of a forward.
-        first: First sequence to run.
-        progress: Whether a progress bar is shown.
-
-    Yields:
-        The number of sequences done, after each batch.
-    """
-    done, total = first, sum(len(part) for part in plan.tokens)
-    label = "harvest, resumed" if first else "harvest"
-    with tqdm(total=total, initial=first, desc=label, unit="sequence", disable=not progress) as bar:
-        for tokens, row_of in _batches(plan, batch_size, first):
-            kept = row_of >= 0
-            if kept.any():
-                caught = _activations(plan.model, tokens, sites=tuple(plan.widths), special=plan.special)
-                for site, rows in caught.items():
-                    arrays[site][row_of[kept]] = rows[kept].to(arrays[site].dtype)
-            done += len(tokens)
-            bar.update(len(tokens))
-            yield done
+def harvest_memory(
+    harvest: Harvest, *, batch_size: int, progress: bool
+) -> tuple[StoreManifest, dict[str, Float[Tensor, "rows _"]], Origin]:
+    """Fill tensors on the model's device; give the manifest, the rows of each site and where they came from."""
+    total, sites = harvest.corpus.rows, harvest.site_rows
+    arrays = {
+        site: torch.empty(total, width, dtype=harvest.dtype, device=sites.device)
+        for site, width in sites.widths.items()
+    }
+    places = torch.empty(total, dtype=torch.long)
+    sums = dict.fromkeys(sites.sites, 0.0)
+    for part in harvest.forwards(batch_size=batch_size, progress=progress):
+        for piece in harvest.placement.pieces(part.first_row, len(part.batch.kept)):
+            begin, end = harvest.placement.span(piece.bucket)
+            numbers = begin + piece.slots
+            places[numbers] = part.batch.places[piece.rows]
+            for site, rows in part.rows.items():
+                arrays[site][numbers.to(sites.device)] = rows[piece.rows].to(sites.device)
+                if piece.ends:
+                    sums[site] += square_sum(arrays[site][begin:end])
+    return harvest.describe(sums), arrays, harvest.corpus.origin(places)
 
 
-def _batches(plan: HarvestPlan, size: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Token ids and, flat, their row numbers, from sequence `first` on."""
-    passed = 0
-    for tokens, row_of in zip(plan.tokens, plan.row_of, strict=True):
-        for start in range(max(first - passed, 0), len(tokens), size):
-            yield tokens[start : start + size], row_of[start : start + size].flatten()
-        passed += len(tokens)
-
-
-class _Done(Exception):  # noqa: N818  a signal, not an error
-    """Every site has fired."""
-
-
-def _activations(
-    model: ScopeModel, tokens: Int[Tensor, "seq pos"], *, sites: Sequence[str], special: SpecialTokens
-) -> dict[str, Tensor]:
-    """Each site's activations of a forward, one row for each position, flattened over heads at hook_z."""
-    caught: dict[str, Tensor] = {}
-
-    def keep(site: str) -> Any:
-        def hook(tensor: Tensor, hook: Any) -> None:
-            del hook
-            caught[site] = tensor.detach().reshape(tokens.numel(), -1).cpu()
-            if len(caught) == len(sites):
-                raise _Done
-
-        return hook
-
-    bridge = model.model
-    device = next(iter(bridge.parameters())).device
-    padded = leading_pad(tokens, special)
-    mask = (~padded).long().to(device) if bool(padded.any()) else None
-    with (
-        torch.no_grad(),
-        bridge.hooks(fwd_hooks=[(site, keep(site)) for site in sites]),
-        contextlib.suppress(_Done),
-    ):
-        bridge(tokens.to(device), attention_mask=mask, use_cache=False)
-    silent = [site for site in sites if site not in caught]
-    if silent:
-        raise ValueError(f"The hooks {silent} did not fire in a forward; choose sites that are not gated.")
-    return {site: caught[site] for site in sites}
+def square_sum(rows: Float[Tensor, "row d"]) -> float:
+    """Sum ||x||^2 over rows, in float64."""
+    return sum(float(block.double().pow(2).sum()) for block in rows.split(16_384))

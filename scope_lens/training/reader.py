@@ -1,0 +1,233 @@
+"""Rows of a store in shuffled batches, pass after pass.
+
+A store's rows were shuffled in buckets when they were harvested. A reader mixes them across the whole store and reads
+long runs only:
+
+1. The store is cut into blocks of 4,096 consecutive rows; each pass takes the blocks in an order of its own.
+2. Sixteen blocks (fewer where the rows are very wide) make a window, whose rows are shuffled.
+3. Batches are cut from the windows one after the other. The next window is read from disk while one is consumed.
+
+So a store of up to 65,536 rows is shuffled as a whole, and in a larger one each batch holds rows from all over the
+store. The order follows from the seed, the number of the pass and the store, never from the sites that are read:
+readers of one site and of many give the same rows.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from scope_lens.training.corpus import Origin
+from scope_lens.training.seeds import generator
+from scope_lens.training.zarr_rows import CHUNK_ROWS, ORIGIN, ZarrRows
+
+_WINDOW_BLOCKS = 16
+_WINDOW_BYTES = 1 << 30  # of all sites of the store, more or less
+
+# Numbers of some rows of a window -> each site's rows, in the store's dtype.
+Take = Callable[[Int[Tensor, " row"]], dict[str, Float[Tensor, "row _"]]]
+
+
+class RowReader(Protocol):
+    """Endless batches of rows at some sites, row i of each site from the same token."""
+
+    def next(self) -> dict[str, Float[Tensor, "size _"]]:
+        """Give the next batch in float32, by the names the sites were asked for."""
+        ...
+
+    def origin(self) -> Origin:
+        """Say where the rows of the last batch came from."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Give all that `load_state` needs to go on from here, bit for bit."""
+        ...
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where another reader of the same store, size and seed stood."""
+        ...
+
+
+class Rows(Protocol):
+    """Where the rows of a finished store lie."""
+
+    def window(self, sites: Sequence[str], spans: Sequence[tuple[int, int]]) -> Take:
+        """Begin to fetch these spans of rows (first, end); rows are numbered through them."""
+        ...
+
+    def origin(self, numbers: Int[Tensor, " row"]) -> Origin:
+        """Say where rows came from."""
+        ...
+
+
+class MemoryRows:
+    """Rows in memory.
+
+    Args:
+        arrays: One of shape (rows, width) for each site.
+        origin: Where each row came from.
+    """
+
+    def __init__(self, arrays: Mapping[str, Float[Tensor, "rows _"]], origin: Origin) -> None:
+        self._arrays, self._origin = dict(arrays), origin
+
+    def window(self, sites: Sequence[str], spans: Sequence[tuple[int, int]]) -> Take:
+        """Number the rows; nothing is copied."""
+        numbers = torch.cat([torch.arange(first, end) for first, end in spans])
+
+        def take(rows: Tensor) -> dict[str, Tensor]:
+            wanted = numbers[rows]
+            found = {site: self._arrays[site] for site in sites}
+            return {site: array.index_select(0, wanted.to(array.device)) for site, array in found.items()}
+
+        return take
+
+    def origin(self, numbers: Int[Tensor, " row"]) -> Origin:
+        """Say where rows came from."""
+        return Origin(*(column[numbers] for column in self._origin))
+
+
+class DiskRows:
+    """Rows in a folder.
+
+    Args:
+        arrays: As `zarr_rows.arrays_of` gives them.
+    """
+
+    def __init__(self, arrays: Mapping[str, ZarrRows]) -> None:
+        self._arrays = arrays
+
+    def window(self, sites: Sequence[str], spans: Sequence[tuple[int, int]]) -> Take:
+        """Begin to read; the first take waits for the rows."""
+        readings = {site: self._arrays[site].read(spans) for site in sites}
+
+        def take(rows: Tensor) -> dict[str, Tensor]:
+            return {site: reading.result().index_select(0, rows) for site, reading in readings.items()}
+
+        return take
+
+    def origin(self, numbers: Int[Tensor, " row"]) -> Origin:
+        """Say where rows came from."""
+        return Origin(*(self._arrays[name].gather(numbers).long() for name in ORIGIN))
+
+
+class _Window(NamedTuple):
+    """A window that is being consumed.
+
+    Attributes:
+        first: Number of its first row in the pass.
+        spans: Its blocks.
+        order: Its rows, shuffled.
+        take: Fetches rows.
+    """
+
+    first: int
+    spans: tuple[tuple[int, int], ...]
+    order: Int[Tensor, " row"]
+    take: Take
+
+    def numbers(self, at: Int[Tensor, " row"]) -> Int[Tensor, " row"]:
+        """Row numbers in the store."""
+        return torch.cat([torch.arange(first, end) for first, end in self.spans])[self.order[at]]
+
+
+class Pass:
+    """One pass over a store, to be read from front to back.
+
+    Args:
+        rows: Where the rows lie.
+        total: How many there are.
+        sites: What is read.
+        seed: Of all passes.
+        number: Which pass.
+        row_bytes: Of a row of all sites of the store.
+    """
+
+    def __init__(self, rows: Rows, total: int, *, sites: Sequence[str], seed: int, number: int, row_bytes: int) -> None:
+        self.number = number
+        self._rows, self._sites = rows, sites
+        self._seed = (seed, number)
+        blocks = [(first, min(first + CHUNK_ROWS, total)) for first in range(0, total, CHUNK_ROWS)]
+        order = torch.randperm(len(blocks), generator=generator(*self._seed))
+        shuffled = [blocks[i] for i in order.tolist()]
+        size = max(2, min(_WINDOW_BLOCKS, _WINDOW_BYTES // (row_bytes * CHUNK_ROWS)))
+        self._spans = [tuple(shuffled[i : i + size]) for i in range(0, len(shuffled), size)]
+        sizes = torch.tensor([sum(end - first for first, end in spans) for spans in self._spans])
+        self._ends = sizes.cumsum(0).tolist()
+        self._open: dict[int, _Window] = {}
+
+    def take(self, start: int, end: int) -> tuple[dict[str, Float[Tensor, "row _"]], Int[Tensor, " row"]]:
+        """Give the rows number `start` to `end` of the pass in float32, and their numbers in the store."""
+        parts: list[dict[str, Tensor]] = []
+        numbers: list[Tensor] = []
+        index = next(i for i, stop in enumerate(self._ends) if start < stop)
+        while start < end:
+            window = self._window(index)
+            stop = min(end, self._ends[index])
+            at = torch.arange(start - window.first, stop - window.first)
+            parts.append(window.take(window.order[at]))
+            numbers.append(window.numbers(at))
+            start, index = stop, index + 1
+        joined = {
+            site: (torch.cat([part[site] for part in parts]) if len(parts) > 1 else parts[0][site]).float()
+            for site in self._sites
+        }
+        return joined, torch.cat(numbers)
+
+    def _window(self, index: int) -> _Window:
+        for number in (index, index + 1):
+            if number not in self._open and number < len(self._spans):
+                first = self._ends[number - 1] if number else 0
+                self._open[number] = _Window(
+                    first=first,
+                    spans=self._spans[number],
+                    order=torch.randperm(self._ends[number] - first, generator=generator(*self._seed, number)),
+                    take=self._rows.window(self._sites, self._spans[number]),
+                )
+        for number in [number for number in self._open if number < index]:
+            del self._open[number]
+        return self._open[index]
+
+
+class PassReader:
+    """Pass after pass over a finished store, partial batches left out.
+
+    Args:
+        begin: Gives a pass by its number.
+        rows: Where the rows lie.
+        total: How many there are.
+        names: Each site asked for, by the name it was asked for.
+        size: Rows of a batch.
+    """
+
+    def __init__(
+        self, begin: Callable[[int], Pass], rows: Rows, *, total: int, names: Mapping[str, str], size: int
+    ) -> None:
+        self._begin, self._rows, self._names, self._size = begin, rows, names, size
+        self._in_pass = total // size
+        self._batches = 0
+        self._pass: Pass | None = None
+        self._numbers = torch.empty(0, dtype=torch.long)
+
+    def next(self) -> dict[str, Float[Tensor, "size _"]]:
+        """Give the next batch in float32, by the names the sites were asked for."""
+        number, index = divmod(self._batches, self._in_pass)
+        if self._pass is None or self._pass.number != number:
+            self._pass = self._begin(number)
+        found, self._numbers = self._pass.take(index * self._size, (index + 1) * self._size)
+        self._batches += 1
+        return {name: found[site] for name, site in self._names.items()}
+
+    def origin(self) -> Origin:
+        """Say where the rows of the last batch came from."""
+        return self._rows.origin(self._numbers)
+
+    def state(self) -> dict[str, Tensor]:
+        """Give the number of batches that were read."""
+        return {"batches": torch.tensor(self._batches)}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on behind that many batches."""
+        self._batches, self._pass = int(state["batches"]), None
