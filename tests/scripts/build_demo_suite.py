@@ -7,9 +7,10 @@
 2. `harvest`: activations of the corpora the model was trained on, at every site, once.
 3. `train`: four dictionaries at a time, layer by layer, then the ladder of one layer; `--run` trains one of these runs.
    Killed, it goes on from its last checkpoint.
-4. `export`: `params.npz` of every dictionary, its L0 measured on the hold-out text.
-5. `report`: the model's losses and agreement, and the fidelity of every dictionary on the hold-out text, to
-   `docs/benchmarks/demo_suite.md`.
+4. `export`: `params.npz` of every dictionary that is trained, its L0 measured on the hold-out text; into the package
+   once all are.
+5. `evaluate`: fidelity of every exported dictionary on the hold-out text, each once.
+6. `report`: these results, the model's losses and its agreement, to `docs/benchmarks/demo_suite.md`.
 
 For the speed of one thread set MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000
 MALLOC_TOP_PAD_=500000000, so that freed memory is reused.
@@ -30,8 +31,9 @@ from train_demo_model import BATCH, CONTEXT, SEPARATOR, SHARES, UNSEEN, corpora,
 from transformers import AutoModelForCausalLM
 
 from scope_lens import demo
-from scope_lens.evaluation import evaluate
-from scope_lens.releases import hooks_for, width_name
+from scope_lens.evaluation import EvalResult
+from scope_lens.evaluation.each import evaluate_each
+from scope_lens.releases import hooks_for, loaders, width_name
 from scope_lens.sae import HookedSAE
 from scope_lens.training import ActivationStore, TrainConfig, Trainer, gemma_scope_path, save_gemma_scope
 
@@ -42,7 +44,6 @@ SITES = ("res", "mlp", "att", "transcoder")
 WIDTH = 1024
 ROWS = 1_300_000
 STEPS = 2_500
-REPORTED = 100
 # Of each corpus, so many documents: 1.3 million tokens, three quarters of them stories.
 HARVESTED = {"stories": 4_100, "fairytales": 450, "classics": 500, "agreement": 6_000}
 # Coefficient of L0 for each site, layer by layer, chosen by trial runs of 400 to 1,000 steps.
@@ -123,10 +124,14 @@ def train(work: Path, only: str | None) -> None:
 
 
 def export(work: Path) -> None:
-    model, suite = demo.load_model(), DEMO / "suite.part"
+    model, suite, missing = demo.load_model(), work / "suite", []
     shutil.rmtree(suite, ignore_errors=True)
     for run, dictionaries in runs().items():
-        saes = Trainer.resume(work / run).result()
+        trainer = Trainer.resume(work / run) if (work / run / "checkpoint.safetensors").exists() else None
+        if trainer is None or trainer.step < STEPS:
+            missing.append(run)
+            continue
+        saes = trainer.result()
         names = sorted({sae.cfg.hook_in for sae in saes})
         rows = ActivationStore.harvest(model, demo.text(), sites=names, dtype=torch.float32)
         for (site, layer, config), sae in zip(dictionaries, saes, strict=True):
@@ -134,12 +139,20 @@ def export(work: Path) -> None:
                 active = sum(int((sae.encode(x) > 0).sum()) for (x,) in rows.batches(sae.cfg.hook_in, size=4096))
             path = gemma_scope_path(layer=layer, width=config.width, l0=active / rows.rows)
             print(save_gemma_scope(sae, suite / site / path))
+    if missing:
+        print("Not into the package yet; still to be trained:", ", ".join(missing))
+        return
     shutil.rmtree(DEMO / "suite", ignore_errors=True)
-    suite.rename(DEMO / "suite")
+    shutil.copytree(suite, DEMO / "suite")
+
+
+def results(work: Path) -> dict[str, EvalResult]:
+    """Evaluate what is exported, on the whole hold-out text; what was evaluated before is read from a file."""
+    saes = loaders(str(work / "suite"), model=demo.MODEL_NAME)
+    return dict(evaluate_each(demo.load_model(), demo.text(), saes=saes, path=work / "results.json", progress=False))
 
 
 def report(data: Path, work: Path) -> None:
-    torch.set_num_threads(1)
     seconds = {run: float((work / f"{run}.seconds").read_text()) for run in ("harvest", *runs())}
     trained = json.loads((work / "model_log.jsonl").read_text().splitlines()[-1])
     sparsity = "; ".join(f"{site} {', '.join(f'{value:g}' for value in SPARSITY[site])}" for site in SITES)
@@ -155,8 +168,9 @@ def report(data: Path, work: Path) -> None:
     parts = ", ".join(f"{part} {value:.0f} s" for part, value in seconds.items())
     tokens = trained["step"] * BATCH * CONTEXT
     cfg = runs()["layer_0"][0][2]
-    suite, loss_terms, loss = _fidelity(demo.load_saes())
-    ladder, _, _ = _fidelity(demo.load_ladder())
+    found = results(work)
+    suite, ladder = (_table(saes, found) for saes in (demo.load_saes(), demo.load_ladder()))
+    one = next(iter(found.values()))
     page = f"""# The embedded suite
 
 ## The model
@@ -181,10 +195,10 @@ neither in the sentences nor in the pairs, in both numbers before has/have, does
 
 ## The dictionaries
 
-Fidelity of the dictionaries in `scope_lens/demo/suite`, measured by `scope_lens.evaluation.evaluate` on the first
-{REPORTED} held-out stories ({loss_terms:,} loss terms), float32, splice-in at trained positions. Delta loss is in
-nats per token with its standard error clustered by sequence; the model's own loss is {loss:.4f}. Loss
-recovered is relative to mean ablation. `dead` is the fraction of latents that never fire on this text.
+Fidelity of the dictionaries in `scope_lens/demo/suite`, measured by `scope_lens.evaluation.evaluate` on the hold-out
+stories ({one.n_tokens:,} loss terms), float32, splice-in at trained positions. Delta loss is in nats per token with its
+standard error clustered by sequence; the model's own loss is {one.ce_clean:.4f}. Loss recovered is relative to mean
+ablation. `dead` is the fraction of latents that never fire on this text.
 
 {suite}
 
@@ -215,28 +229,25 @@ def _measured(data: Path, folder: Path) -> str:
     return f"{found['held_out_loss']:.3f} | " + " | ".join(f"{share:.1%}" for share in shares)
 
 
-def _fidelity(saes: list[HookedSAE]) -> tuple[str, int, float]:
-    """A table of dictionaries, the number of loss terms behind it and the model's own loss."""
-    model, text, lines = demo.load_model(), demo.text()[:REPORTED], []
+def _table(saes: list[HookedSAE], found: dict[str, EvalResult]) -> str:
+    lines = [
+        "| site | layer | width | L0 | FVU | dead | delta loss | loss recovered |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
     for sae in saes:
-        result = evaluate(model, text, saes=sae, progress=False)
+        result, out = found[sae.cfg.path], sae.cfg.hook_out
         site, layer = sae.cfg.path.split("/")[:2]
-        out = sae.cfg.hook_out
         lines.append(
             f"| {site} | {layer.removeprefix('layer_')} | {width_name(sae.cfg.d_sae)} | {result.l0[out]:.1f} "
             f"| {result.fvu[out]:.3f} | {result.dead[out]:.3f} | {result.delta_loss:.4f} ± {result.delta_loss_se:.4f} "
             f"| {result.loss_recovered:.3f} |"
         )
-        print(lines[-1], flush=True)
-    head = (
-        "| site | layer | width | L0 | FVU | dead | delta loss | loss recovered |\n|---|--:|--:|--:|--:|--:|--:|--:|\n"
-    )
-    return head + "\n".join(lines), result.n_tokens, result.ce_clean
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=("model", "harvest", "train", "export", "report", "all"))
+    parser.add_argument("step", choices=("model", "harvest", "train", "export", "evaluate", "report", "all"))
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--work", type=Path, required=True, help="folder of the model, the store and the checkpoints")
     parser.add_argument("--run", choices=tuple(runs()), help="train this run alone")
@@ -250,6 +261,8 @@ def main() -> None:
         train(arguments.work, arguments.run)
     if arguments.step in ("export", "all"):
         export(arguments.work)
+    if arguments.step == "evaluate":
+        results(arguments.work)
     if arguments.step in ("report", "all"):
         report(arguments.data, arguments.work)
 
