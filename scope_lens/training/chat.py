@@ -40,8 +40,8 @@ def wrap_in_chat(model: ScopeModel, documents: Sequence[str], *, context: int = 
     room = context - len(prefix) - len(suffix)
     if room < 1:
         raise ValueError(
-            f"context is {context}; the chat template takes {len(prefix)} tokens in front of the text and {len(suffix)} "
-            "behind it, and at least one of the text must fit."
+            f"context is {context}; the chat template takes {len(prefix)} tokens before the text and {len(suffix)} "
+            "after it, and at least one of the text must fit."
         )
     fill = (special.pad or special.eos)[:1]
     if not fill:

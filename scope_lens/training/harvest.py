@@ -149,14 +149,17 @@ class Harvest:
                 bar.update(batch.sequences - done)
                 done = batch.sequences
 
-    def describe(self, square_sums: Mapping[str, float], *, rows: int | None = None) -> StoreManifest:
+    def describe(
+        self, square_sums: Mapping[str, float], *, summed: int | None = None, rows: int | None = None
+    ) -> StoreManifest:
         """Write down what the rows are.
 
         Args:
-            square_sums: Sum of ||x||^2 over the rows of each site.
-            rows: How many were summed; None means all of the harvest.
+            square_sums: Sum of ||x||^2 over rows of each site.
+            summed: How many rows those are; None means all of the harvest.
+            rows: Rows of the store; None means all of the harvest.
         """
-        counted = self.corpus.rows if rows is None else rows
+        summed = self.corpus.rows if summed is None else summed
         return StoreManifest(
             model=self.model_name,
             model_fingerprint=self.identity["model_fingerprint"],
@@ -164,8 +167,8 @@ class Harvest:
             sites=self.site_rows.sites,
             aliases=self.site_rows.aliases,
             widths=tuple(self.site_rows.widths.values()),
-            mean_square_norms=tuple(square_sums[site] / counted for site in self.site_rows.sites),
-            rows=counted,
+            mean_square_norms=tuple(square_sums[site] / summed for site in self.site_rows.sites),
+            rows=self.corpus.rows if rows is None else rows,
             dtype=self.identity["dtype"],
             untrained=tuple(self.identity["untrained"]),
             attached=tuple(self.identity["attached"]),

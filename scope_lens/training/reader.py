@@ -12,8 +12,8 @@ store. The order follows from the seed, the number of the pass and the store, ne
 readers of one site and of many give the same rows.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -30,6 +30,7 @@ _WINDOW_BYTES = 1 << 30  # of all sites of the store, more or less
 Take = Callable[[Int[Tensor, " row"]], dict[str, Float[Tensor, "row _"]]]
 
 
+@runtime_checkable
 class RowReader(Protocol):
     """Endless batches of rows at some sites, row i of each site from the same token."""
 
@@ -50,6 +51,24 @@ class RowReader(Protocol):
         ...
 
 
+@runtime_checkable
+class Source(Protocol):
+    """What a store reads its rows from."""
+
+    def reader(self, names: Mapping[str, str], *, size: int, seed: int) -> RowReader:
+        """Read batches without end; `names` gives each site by the name it is asked for."""
+        ...
+
+    def one_pass(self, names: Mapping[str, str], *, size: int, seed: int) -> Iterator[dict[str, Float[Tensor, "_ _"]]]:
+        """Read the rows of one pass, once each."""
+        ...
+
+    def population(self) -> Origin:
+        """Say where the rows of one pass come from."""
+        ...
+
+
+@runtime_checkable
 class Rows(Protocol):
     """Where the rows of a finished store lie."""
 
@@ -59,6 +78,10 @@ class Rows(Protocol):
 
     def origin(self, numbers: Int[Tensor, " row"]) -> Origin:
         """Say where rows came from."""
+        ...
+
+    def population(self) -> Origin:
+        """Say where all rows came from."""
         ...
 
 
@@ -88,6 +111,10 @@ class MemoryRows:
         """Say where rows came from."""
         return Origin(*(column[numbers] for column in self._origin))
 
+    def population(self) -> Origin:
+        """Say where all rows came from."""
+        return self._origin
+
 
 class DiskRows:
     """Rows in a folder.
@@ -111,6 +138,11 @@ class DiskRows:
     def origin(self, numbers: Int[Tensor, " row"]) -> Origin:
         """Say where rows came from."""
         return Origin(*(self._arrays[name].gather(numbers).long() for name in ORIGIN))
+
+    def population(self) -> Origin:
+        """Say where all rows came from."""
+        whole = [(0, len(self._arrays[ORIGIN[0]]))]
+        return Origin(*(self._arrays[name].read(whole).result().long() for name in ORIGIN))
 
 
 class _Window(NamedTuple):
@@ -191,22 +223,56 @@ class Pass:
         return self._open[index]
 
 
-class PassReader:
+class Finished:
+    """A store whose rows are all there.
+
+    Args:
+        rows: Where they lie.
+        total: How many there are.
+        row_bytes: Of a row of all sites.
+    """
+
+    def __init__(self, rows: Rows, *, total: int, row_bytes: int) -> None:
+        self._rows, self.total, self._row_bytes = rows, total, row_bytes
+
+    def reader(self, names: Mapping[str, str], *, size: int, seed: int) -> RowReader:
+        """Read batches without end, partial ones left out."""
+        return _PassReader(self, names, size=size, seed=seed)
+
+    def one_pass(self, names: Mapping[str, str], *, size: int, seed: int) -> Iterator[dict[str, Float[Tensor, "_ _"]]]:
+        """Read every row once; the last batch may have fewer."""
+        rows = self.begin(names, seed=seed, number=0)
+        for start in range(0, self.total, size):
+            found, _ = rows.take(start, min(start + size, self.total))
+            yield {name: found[site] for name, site in names.items()}
+
+    def population(self) -> Origin:
+        """Say where the rows come from."""
+        return self._rows.population()
+
+    def origin(self, numbers: Int[Tensor, " row"]) -> Origin:
+        """Say where these rows came from."""
+        return self._rows.origin(numbers)
+
+    def begin(self, names: Mapping[str, str], *, seed: int, number: int) -> Pass:
+        """Begin pass `number`."""
+        sites = tuple(dict.fromkeys(names.values()))
+        return Pass(self._rows, self.total, sites=sites, seed=seed, number=number, row_bytes=self._row_bytes)
+
+
+class _PassReader:
     """Pass after pass over a finished store, partial batches left out.
 
     Args:
-        begin: Gives a pass by its number.
-        rows: Where the rows lie.
-        total: How many there are.
+        source: The store's rows.
         names: Each site asked for, by the name it was asked for.
         size: Rows of a batch.
+        seed: Of the order.
     """
 
-    def __init__(
-        self, begin: Callable[[int], Pass], rows: Rows, *, total: int, names: Mapping[str, str], size: int
-    ) -> None:
-        self._begin, self._rows, self._names, self._size = begin, rows, names, size
-        self._in_pass = total // size
+    def __init__(self, source: Finished, names: Mapping[str, str], *, size: int, seed: int) -> None:
+        self._source, self._names, self._size, self._seed = source, names, size, seed
+        self._in_pass = source.total // size
         self._batches = 0
         self._pass: Pass | None = None
         self._numbers = torch.empty(0, dtype=torch.long)
@@ -215,14 +281,14 @@ class PassReader:
         """Give the next batch in float32, by the names the sites were asked for."""
         number, index = divmod(self._batches, self._in_pass)
         if self._pass is None or self._pass.number != number:
-            self._pass = self._begin(number)
+            self._pass = self._source.begin(self._names, seed=self._seed, number=number)
         found, self._numbers = self._pass.take(index * self._size, (index + 1) * self._size)
         self._batches += 1
         return {name: found[site] for name, site in self._names.items()}
 
     def origin(self) -> Origin:
         """Say where the rows of the last batch came from."""
-        return self._rows.origin(self._numbers)
+        return self._source.origin(self._numbers)
 
     def state(self) -> dict[str, Tensor]:
         """Give the number of batches that were read."""

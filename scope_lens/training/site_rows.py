@@ -16,6 +16,7 @@ from torch import Tensor
 from scope_lens.model import ScopeModel
 from scope_lens.sites import Sites
 from scope_lens.training.corpus import Corpus, SequenceBatch
+from scope_lens.training.transfer import to_device
 
 
 class _Done(Exception):  # noqa: N818  a signal, not an error
@@ -66,7 +67,7 @@ class SiteRows:
 
     def unchecked(self, batch: SequenceBatch) -> dict[str, Float[Tensor, "row _"]]:
         """Give each site's rows without a look at their values, so that nothing waits for the device."""
-        kept = batch.kept.to(self.device, non_blocking=True)
+        kept = to_device(batch.kept, self.device)
         found: dict[str, Tensor] = {}
         for site, tensor in self._caught(batch).items():
             if tensor.shape[-1] != self.widths[site]:
@@ -119,13 +120,13 @@ class SiteRows:
             return hook
 
         bridge = self._model.model
-        mask = None if batch.mask is None else batch.mask.to(self.device)
+        mask = None if batch.mask is None else to_device(batch.mask, self.device)
         with (
             torch.no_grad(),
             bridge.hooks(fwd_hooks=[(site, keep(site)) for site in self.sites]),
             contextlib.suppress(_Done),
         ):
-            bridge(batch.tokens.to(self.device), attention_mask=mask, use_cache=False)
+            bridge(to_device(batch.tokens, self.device), attention_mask=mask, use_cache=False)
         silent = [site for site in self.sites if site not in caught]
         if silent:
             raise ValueError(f"The hooks {silent} did not fire in a forward; choose sites that are not gated.")

@@ -5,16 +5,18 @@ and padding never enter (Gemma Scope, arXiv 2408.05147, section 3.1).
 
     ActivationStore.harvest(model, text, sites=...)              rows in memory, for what fits
     ActivationStore.harvest(model, text, sites=..., path=...)    rows in a folder, for what is read more than once
+    ActivationStore.stream(model, text, sites=...)               a reservoir that is refilled while it is read
     ActivationStore.from_rows({"site": rows})                    rows that are there already
 
 All of them are read alike: `store.reader(sites, size=4096)` gives batch after batch, `store.batches` one pass.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from scope_lens.fingerprints import model_fingerprint
@@ -24,8 +26,9 @@ from scope_lens.training.corpus import Corpus, Origin
 from scope_lens.training.harvest import Harvest, harvest_memory, square_sum
 from scope_lens.training.harvest_folder import harvest_folder, read_documents
 from scope_lens.training.manifest import DTYPES, StoreManifest, source_of, tokenizer_hash
-from scope_lens.training.reader import DiskRows, MemoryRows, Pass, PassReader, RowReader, Rows
-from scope_lens.training.seeds import generator
+from scope_lens.training.mixing import Mixing, measure_mixing
+from scope_lens.training.reader import DiskRows, Finished, MemoryRows, RowReader, Rows, Source
+from scope_lens.training.stream import Stream
 from scope_lens.training.zarr_rows import arrays_of, check_whole
 
 Batch = tuple[Float[Tensor, "batch d"], ...]
@@ -39,13 +42,13 @@ class ActivationStore:
 
     Args:
         manifest: What the rows are.
-        rows: Where they lie.
+        source: Where they are read from.
         documents: Hashes of the documents that were read.
     """
 
-    def __init__(self, manifest: StoreManifest, rows: Rows, *, documents: frozenset[str]) -> None:
+    def __init__(self, manifest: StoreManifest, source: Source, *, documents: frozenset[str]) -> None:
         self.manifest = manifest
-        self._rows, self._documents = rows, documents
+        self._source, self._documents = source, documents
 
     @classmethod
     def harvest(
@@ -95,7 +98,7 @@ class ActivationStore:
             harvest_folder(plan, Path(path), resume=resume, batch_size=batch_size, progress=progress)
             return cls.open(Path(path))
         manifest, arrays, origin = harvest_memory(plan, batch_size=batch_size, progress=progress)
-        return cls(manifest, MemoryRows(arrays, origin), documents=plan.documents())
+        return cls(manifest, _finished(manifest, MemoryRows(arrays, origin)), documents=plan.documents())
 
     @classmethod
     def open(cls, path: Path) -> "ActivationStore":
@@ -111,7 +114,47 @@ class ActivationStore:
         arrays = arrays_of(path, widths, rows=manifest.rows, dtype=DTYPES[manifest.dtype], create=False)
         for array in arrays.values():
             check_whole(array.path)
-        return cls(manifest, DiskRows(arrays), documents=read_documents(path))
+        return cls(manifest, _finished(manifest, DiskRows(arrays)), documents=read_documents(path))
+
+    @classmethod
+    def stream(
+        cls,
+        model: ScopeModel,
+        text_or_tokens: Tokens,
+        *,
+        sites: str | Sequence[str],
+        rows: int = 1_000_000,
+        dtype: torch.dtype = torch.bfloat16,
+        seed: int = 0,
+        batch_size: int = 16,
+        untrained: Sequence[str] = UNTRAINED,
+        progress: bool = True,
+    ) -> "ActivationStore":
+        """Harvest while the rows are read: a reservoir on the model's device, refilled in place, pass after pass.
+
+        The reservoir is full when this returns. It is read by readers of one batch size and seed. Each pass over the
+        text serves every position once, in an order of its own.
+
+        Args:
+            model: The language model; dictionaries attached to it act.
+            text_or_tokens: As `harvest` takes them.
+            sites: Hook names, or one; several names of one hook count once.
+            rows: Rows of the reservoir; fewer where the text has fewer.
+            dtype: Dtype of its rows: bfloat16, float16 or float32.
+            seed: Of the order of the sequences.
+            batch_size: Sequences of a forward.
+            untrained: Kinds of positions to leave out: "bos", "eos", "pad", "chat_prefix".
+            progress: Whether a progress bar is shown while the reservoir is filled.
+
+        Raises:
+            KeyError: The model has no such hook.
+            ValueError: As `harvest`.
+        """
+        plan = Harvest.plan(model, text_or_tokens, sites=sites, rows=None, dtype=dtype, seed=seed, untrained=untrained)
+        # What a reader is given depends on these two as well.
+        plan = replace(plan, identity={**plan.identity, "reservoir": rows, "batch_size": batch_size})
+        source = Stream(plan, rows=rows, batch_size=batch_size, progress=progress)
+        return cls(source.describe(), source, documents=plan.documents())
 
     @classmethod
     def from_rows(cls, rows: Mapping[str, Float[Tensor, "_ _"]], *, model: str = "") -> "ActivationStore":
@@ -144,7 +187,8 @@ class ActivationStore:
             source=source_of({"rows": n, "square_sums": sums}),
         )
         unknown = torch.full((n,), -1)
-        return cls(manifest, MemoryRows(rows, Origin(unknown, unknown, unknown)), documents=frozenset())
+        origin = Origin(unknown, unknown, unknown)
+        return cls(manifest, _finished(manifest, MemoryRows(rows, origin)), documents=frozenset())
 
     @property
     def rows(self) -> int:
@@ -190,10 +234,7 @@ class ActivationStore:
                 f"The store has {self.rows} rows, fewer than a batch of {size}; harvest more, or set a smaller "
                 "batch_size."
             )
-        found = tuple(dict.fromkeys(names.values()))
-        return PassReader(
-            lambda number: self._pass(found, seed, number), self._rows, total=self.rows, names=names, size=size
-        )
+        return self._source.reader(names, size=size, seed=seed)
 
     def batches(self, site: str | tuple[str, str], *, size: int, seed: int = 0) -> Iterator[Batch]:
         """Pass once over the store in a random order.
@@ -212,14 +253,30 @@ class ActivationStore:
         """
         asked = (site,) if isinstance(site, str) else site
         names = self._names(asked, size)
-        one_pass = self._pass(tuple(dict.fromkeys(names.values())), seed, 0)
+        one_pass = self._source.one_pass(names, size=size, seed=seed)
+        return (tuple(rows[name] for name in asked) for rows in one_pass)
 
-        def draw() -> Iterator[Batch]:
-            for start in range(0, self.rows, size):
-                found, _ = one_pass.take(start, min(start + size, self.rows))
-                yield tuple(found[names[name]] for name in asked)
+    def mixing(self, *, size: int = 4_096, batches: int = 8, seed: int = 0) -> Mixing:
+        """Draw batches at random and measure how well they are mixed; a stream serves these rows to nobody else.
 
-        return draw()
+        Args:
+            size: Rows of a batch.
+            batches: How many are drawn.
+            seed: Of the order.
+
+        Raises:
+            ValueError: As `reader`; or it is not known where the rows came from.
+        """
+        if not self.manifest.documents:
+            raise ValueError(
+                "Where rows at hand (from_rows) came from is not known, so their mixing cannot be measured."
+            )
+        reader = self.reader(self.sites[:1], size=size, seed=seed)
+        drawn: list[Origin] = []
+        for _ in range(batches):
+            reader.next()
+            drawn.append(reader.origin())
+        return measure_mixing(self._source.population(), drawn)
 
     def saw(self, model: ScopeModel, documents: Tokens) -> list[int]:
         """Say which of these documents the harvest read.
@@ -257,20 +314,6 @@ class ActivationStore:
                     f"{bridge.cfg.model_name!r} with {found}. Harvest again with this one, or load the other."
                 )
 
-    def order(self, seed: int) -> Int[Tensor, " rows"]:
-        """Give the row numbers of one pass, shuffled."""
-        return torch.randperm(self.rows, generator=generator(seed))
-
-    def take(self, sites: Sequence[str], rows: Int[Tensor, " batch"]) -> Batch:
-        """Give these rows of some sites, in float32."""
-        names = [self.sites[self._index(site)] for site in sites]
-        found = self._rows.window(names, [(0, self.rows)])(rows)
-        return tuple(found[name].float() for name in names)
-
-    def _pass(self, sites: Sequence[str], seed: int, number: int) -> Pass:
-        row_bytes = sum(self.manifest.widths) * DTYPES[self.manifest.dtype].itemsize
-        return Pass(self._rows, self.rows, sites=sites, seed=seed, number=number, row_bytes=row_bytes)
-
     def _names(self, sites: Sequence[str], size: int) -> dict[str, str]:
         if size < 1:
             raise ValueError(f"A batch needs at least one row; found size={size}.")
@@ -281,3 +324,8 @@ class ActivationStore:
             if site in names:
                 return index
         raise KeyError(f"The store has no site {site!r}; it holds {list(self.sites)}. Name it in harvest(sites=...).")
+
+
+def _finished(manifest: StoreManifest, rows: Rows) -> Finished:
+    row_bytes = sum(manifest.widths) * DTYPES[manifest.dtype].itemsize
+    return Finished(rows, total=manifest.rows, row_bytes=row_bytes)

@@ -54,6 +54,9 @@ class ZarrRows:
         self.path, self._dtype = path, dtype
         self._store: Any = _create(path, shape, dtype) if create else _open(path, shape, dtype)
 
+    def __len__(self) -> int:
+        return int(self._store.shape[0])
+
     def write(self, first: int, rows: Shaped[Tensor, "row *width"]) -> None:
         """Write rows from number `first` on; whole shards, but for the last rows of the array."""
         self._store[first : first + len(rows)].write(_numpy(rows)).result()
