@@ -57,7 +57,7 @@ def test_help_names_every_verb_and_is_quick():
     program = "from scope_lens.cli import main; main(['--help'])"
     shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert time.perf_counter() - start < 5
-    assert all(f"• {verb} " in shown for verb in ("demo", "list", "info", "evaluate"))
+    assert all(f"• {verb} " in shown for verb in ("demo", "list", "info", "evaluate", "harvest", "train"))
 
 
 def test_a_wrong_verb_ends_with_two(capsys):
@@ -72,7 +72,7 @@ def test_a_wrong_verb_ends_with_two(capsys):
 
 def test_demo_measures_every_embedded_dictionary_and_writes_nothing(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "_DEMO_DOCUMENTS", 1)
+    monkeypatch.setattr(cli.fidelity, "_DEMO_DOCUMENTS", 1)
     code, out, errors = run("demo")
     header, *rows = (line.split() for line in out.partition("\n\n")[0].splitlines())
     assert (code, errors) == (0, [])

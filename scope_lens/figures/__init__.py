@@ -2,5 +2,6 @@
 
 from scope_lens.figures.fidelity import fidelity
 from scope_lens.figures.html import write_html
+from scope_lens.figures.training import training_curves
 
-__all__ = ["fidelity", "write_html"]
+__all__ = ["fidelity", "training_curves", "write_html"]

@@ -1,164 +1,233 @@
-"""Train any number of dictionaries from one store of activations.
-
-`Trainer.run` is a generator: the caller's loop decides what to log, draw or stop. Dictionaries that read the same rows
-share them. The order of the rows follows from the seed and the number of updates, so a checkpoint needs no reader's
-state, and a run that is taken up again equals an unbroken one bit for bit on the same machine. A run that is broken off
-writes a checkpoint on its way out, so that only a kill loses the updates since the last one.
+"""Train any number of dictionaries from one store of activations, such that nothing is lost when the run is killed.
 
     trainer = Trainer([TrainConfig.short_run(site="res", layer=0, width=1024, sparsity=3e-3)], folder=Path("run"))
     for result in trainer.run(store):
         ...
     saes = trainer.result()
 
-The checkpoint is one safetensors file, written whole or not at all; its header holds the configs and the position.
+`Trainer.run` is a generator: the caller's loop decides what to draw or stop. A step:
+
+1. Each group of dictionaries of one batch size reads a batch, and each of them makes its update on it.
+2. Where results are due, the numbers that the updates left on the device are read at once and checked.
+3. Where it is due, each dictionary is evaluated on held-out text.
+4. The results go into `folder/log.jsonl` and to the other logs.
+5. Where it is due, a checkpoint is written: learners, readers, the length of the log.
+6. The results are given to the caller.
+
+The dictionaries have nothing in common but the rows, so a run of several equals separate runs bit for bit (same
+`Trainer(seed=)`, same number of threads), and a run that is taken up again equals an unbroken one, on the CPU. Ctrl-C
+and SIGTERM finish the step and write a checkpoint; only a kill loses the steps since the last one.
 """
 
-import json
-import math
 import time
+import warnings
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from scope_lens.evaluation import EvalResult
 from scope_lens.sae import HookedSAE
+from scope_lens.training.checkpoint import (
+    checkpoints,
+    config_of,
+    differences,
+    read_checkpoint,
+    remove_newer,
+    write_checkpoint,
+)
 from scope_lens.training.config import TrainConfig
+from scope_lens.training.held_out import HeldOut
+from scope_lens.training.interrupts import Interrupts
 from scope_lens.training.learner import Learner
-from scope_lens.training.store import ActivationStore, Batch
-from scope_lens.whole_file import whole_file
+from scope_lens.training.log import LOG_NAME, JsonLog, Log
+from scope_lens.training.readings import Reading, Readings
+from scope_lens.training.shared_rows import Group, groups_of, identity_of, refuse_another
+from scope_lens.training.step_result import StepResult, config_name
+from scope_lens.training.store import ActivationStore
 
-_CHECKPOINT = "checkpoint.safetensors"
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepResult:
-    """One update of one dictionary; the numbers are those of its batch, before the update.
-
-    Attributes:
-        index: Which of the trainer's configs.
-        step: Updates made, this one included.
-        loss: Squared error plus the sparsity term, normalised units.
-        fvu: Squared error over the squared distance from the batch's mean, a fraction.
-        l0: Mean number of active latents of a row.
-        dead: Fraction of latents that did not fire in the last `dead_after` rows.
-        tokens_per_second: Rows this dictionary took in, over the wall time of its update.
-    """
-
-    index: int
-    step: int
-    loss: float
-    fvu: float
-    l0: float
-    dead: float
-    tokens_per_second: float
+_SETTINGS = ("checkpoint_every", "keep", "seed", "evaluate_every", "report_every")
 
 
 class Trainer:
-    """Trains dictionaries with Gemma Scope's recipe.
+    """Trains dictionaries on shared rows.
 
     Args:
         configs: Settings, one for each dictionary.
-        folder: Where checkpoints go; None keeps none.
+        folder: Where checkpoints and the log go; None keeps none.
         checkpoint_every: Updates between checkpoints.
+        keep: Checkpoints that stay.
+        seed: Of the order of the rows. A config's own seed is that of its initialisation.
+        device: Where the dictionaries are; None takes a GPU where there is one.
+        held_out: Text to evaluate on; None evaluates nothing.
+        evaluate_every: Updates between evaluations; a dictionary's last update is evaluated too.
+        report_every: Updates between results. On a GPU each result waits for the device, so a larger number is faster.
+        log: Called with each result, e.g. `TensorboardLog(folder)`.
 
     Raises:
-        ValueError: No config, or `checkpoint_every` is not positive.
-        FileExistsError: `folder` holds a checkpoint already.
+        ValueError: No config, a setting that is not positive, or `folder` holds a run of other configs.
+        FileExistsError: `folder` holds a run of these configs already.
     """
 
     def __init__(
         self,
         configs: TrainConfig | Sequence[TrainConfig],
         *,
-        folder: Path | None = None,
+        folder: str | Path | None = None,
         checkpoint_every: int = 1_000,
+        keep: int = 3,
+        seed: int = 0,
+        device: str | torch.device | None = None,
+        held_out: HeldOut | None = None,
+        evaluate_every: int = 1_000,
+        report_every: int = 1,
+        log: Sequence[Log] = (),
     ) -> None:
         self.configs = (configs,) if isinstance(configs, TrainConfig) else tuple(configs)
         if not self.configs:
             raise ValueError("A Trainer needs at least one TrainConfig; found none.")
-        if checkpoint_every < 1:
-            raise ValueError(f"checkpoint_every is {checkpoint_every}; expected 1 update or more.")
+        self.checkpoint_every, self.evaluate_every, self.report_every = checkpoint_every, evaluate_every, report_every
+        self.keep, self.seed = keep, seed
+        for name in ("checkpoint_every", "keep", "evaluate_every", "report_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 1 or more.")
+        self.names = tuple(config_name(index, cfg) for index, cfg in enumerate(self.configs))
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.held_out = held_out
+        self.log = tuple(log)
         self.folder = None if folder is None else Path(folder)
-        self.checkpoint_every = checkpoint_every
-        self.step = 0
-        self._learners: list[Learner] = []
-        self._source = ""
-        if self.folder is not None and (self.folder / _CHECKPOINT).exists():
-            raise FileExistsError(
-                f"{self.folder} holds a checkpoint already; take it up with Trainer.resume(folder), or choose another."
+        if self.folder is not None and checkpoints(self.folder):
+            _refuse_others(
+                self.folder, [TrainConfig(**c) for c in read_checkpoint(self.folder).header["configs"]], self
             )
+            raise FileExistsError(
+                f"{self.folder} holds a run of these configs already; take it up with "
+                f"Trainer.resume({str(self.folder)!r}), or choose another folder."
+            )
+        self.step = 0
+        self.evaluations: dict[int, EvalResult] = {}
+        self._learners: list[Learner] = []
+        self._groups: list[Group] = []
+        self._store: ActivationStore | None = None
+        self._store_identity: dict[str, Any] = {}
+        self._held_out_identity: dict[str, Any] | None = None
+        self._reader_states: dict[int, dict[str, Tensor]] = {}
+        self._readings = Readings(self.names)
+        self._undelivered: deque[StepResult] = deque()
+        self._seconds = 0.0
+        self._reported: dict[int, tuple[int, float]] = {}
+        self._json: JsonLog | None = None
+        self._log_size: int | None = None
+        self._saved_step = -1
+        # Whether the state is that after `step` updates of every dictionary, all of it checked and logged.
+        self._settled = True
 
     @classmethod
-    def resume(cls, folder: Path) -> "Trainer":
-        """Take up the run whose last checkpoint is in `folder`.
+    def resume(
+        cls,
+        folder: str | Path,
+        *,
+        configs: TrainConfig | Sequence[TrainConfig] | None = None,
+        step: int | None = None,
+        device: str | torch.device | None = None,
+        held_out: HeldOut | None = None,
+        log: Sequence[Log] = (),
+    ) -> "Trainer":
+        """Take up the run in `folder` from its newest checkpoint.
+
+        Its settings come from the checkpoint. `run` needs the store that the run began with, and its held-out text if
+        it had one.
+
+        Args:
+            folder: What `Trainer(configs, folder=...)` was given.
+            configs: What the run has to be of; None takes any.
+            step: Go on from an older checkpoint, that after `step` updates. `run` then removes the newer ones.
+            device: As for `Trainer`.
+            held_out: As for `Trainer`.
+            log: As for `Trainer`.
 
         Raises:
-            FileNotFoundError: `folder` holds no checkpoint.
-            ValueError: The checkpoint is damaged.
+            FileNotFoundError: `folder` holds no checkpoint, or none of `step`.
+            ValueError: The checkpoint is damaged, or the run is of other configs.
         """
         folder = Path(folder)
-        file = folder / _CHECKPOINT
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing; Trainer.resume takes up a run that wrote a checkpoint.")
+        path, header, _ = checkpoint = read_checkpoint(folder, step=step)
         try:
-            with safe_open(file, framework="pt") as tensors:
-                header: dict[str, Any] = json.loads(tensors.metadata()["trainer"])
-                state = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
-            configs = [TrainConfig(**c | {"betas": tuple(c["betas"])}) for c in header["configs"]]
-            trainer = cls(configs, checkpoint_every=header["checkpoint_every"])
-            for i, (cfg, shape) in enumerate(zip(configs, header["learners"], strict=True)):
-                learner = Learner(cfg, **shape)
-                learner.load_state({n.removeprefix(f"{i}."): t for n, t in state.items() if n.startswith(f"{i}.")})
+            kept = [config_of(fields) for fields in header["configs"]]
+            trainer = cls(kept, device=device, held_out=held_out, log=log, **header["settings"])
+            for index, (cfg, shape) in enumerate(zip(kept, header["learners"], strict=True)):
+                learner = Learner(cfg, **shape, device=trainer.device)
+                learner.load_state(checkpoint.below(f"learner.{index}."))
                 trainer._learners.append(learner)
-            trainer.step, trainer._source = header["step"], header["source"]
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{file} is no whole checkpoint ({type(error).__name__}: {error}); train anew.") from None
+            trainer._reader_states = {cfg.batch_size: checkpoint.below(f"reader.{cfg.batch_size}.") for cfg in kept}
+            trainer.evaluations = {int(i): EvalResult.from_json(text) for i, text in header["evaluations"].items()}
+            trainer._store_identity, trainer._held_out_identity = header["store"], header["held_out"]
+            trainer.step = trainer._saved_step = header["step"]
+            trainer._log_size = header["log_size"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} is whole but is no state of a run that this version can take up ({type(error).__name__}: "
+                f"{error}). Resume it with the version that wrote it, or train anew."
+            ) from None
+        if configs is not None:
+            _refuse_others(folder, kept, cls(configs, device="cpu"))
         trainer.folder = folder
         return trainer
 
     def run(self, store: ActivationStore, *, progress: bool = True) -> Iterator[StepResult]:
         """Train until every dictionary has made its steps, from where the trainer stands.
 
-        A loop that is broken off can be taken up by another call. A checkpoint is written every `checkpoint_every`
-        updates, at the end, and when the loop is broken off, by an error too. In the middle of an update, and where the
-        loss was not finite, the last checkpoint stays instead.
+        A checkpoint is written before the first update, every `checkpoint_every` updates, at the end, and when the loop
+        is broken off: by the caller, by an error, by Ctrl-C or SIGTERM. Where a step could not be finished, or a number
+        in it is not finite, the last checkpoint stays instead. A loop that is broken off can be taken up by another
+        call.
 
         Args:
             store: Activations at the sites of all configs.
             progress: Whether a progress bar is shown.
 
         Yields:
-            One result for each update of each dictionary.
+            A result for each dictionary at each step, or every `report_every` steps.
 
         Raises:
             KeyError: The store lacks a site.
-            ValueError: The store has fewer rows than a batch or is not the one the run began with, the loss is not
-                finite, or an earlier call was broken off in the middle of an update.
+            ValueError: The store has fewer rows than a batch, or is not the one the run began with, or has seen the
+                held-out text; activations or loss are not finite; or an earlier call could not finish its step.
+            OSError: A checkpoint cannot be written.
+            KeyboardInterrupt: Ctrl-C, once the step is finished and saved.
+            SystemExit: SIGTERM, likewise; the code is 143.
         """
-        self._prepare(store)
-        reader = _Reader(store)
+        self._begin(store)
         total = max(cfg.steps for cfg in self.configs)
         label = "train, resumed" if self.step else "train"
-        with tqdm(total=total, initial=self.step, desc=label, unit="step", disable=not progress) as bar:
+        interrupts = Interrupts(self._checkpoint, self._interrupted)
+        with (
+            interrupts.handled(),
+            tqdm(total=total, initial=self.step, desc=label, unit="step", disable=not progress) as bar,
+        ):
             try:
+                with interrupts.working():
+                    self._checkpoint()
+                yield from self._deliver()
                 while self.step < total:
-                    for index, learner in enumerate(self._learners):
-                        # A loop broken off between two dictionaries goes on with the second.
-                        if learner.step == self.step < learner.cfg.steps:
-                            yield self._update(index, learner, reader)
-                    self.step += 1
-                    bar.update()
-                    if self.step % self.checkpoint_every == 0 or self.step == total:
-                        self._checkpoint()
+                    with interrupts.working():
+                        results = self._advance()
+                        if self.step % self.checkpoint_every == 0 or self.step == total:
+                            self._checkpoint()
+                    _show(bar, results)
+                    yield from self._deliver()
             except BaseException:
-                if all(learner.whole for learner in self._learners):
+                with interrupts.working():
                     self._checkpoint()
                 raise
+            finally:
+                if self._json is not None:
+                    self._json.close()
 
     def result(self) -> list[HookedSAE]:
         """Give the dictionaries in their inference form: they read and write raw activations.
@@ -170,102 +239,181 @@ class Trainer:
             raise ValueError("Nothing is trained yet: iterate over Trainer.run(store) first.")
         return [learner.result() for learner in self._learners]
 
-    def _prepare(self, store: ActivationStore) -> None:
-        for cfg in self.configs:
-            store.width(cfg.hook_in)
-            store.width(cfg.hook_out)
-            if store.rows < cfg.batch_size:
-                raise ValueError(
-                    f"The store has {store.rows} rows, fewer than a batch of {cfg.batch_size} for {cfg.hook_out!r}; "
-                    "harvest more, or set a smaller batch_size."
-                )
-        for learner in self._learners:
-            cfg = learner.sae.cfg
-            if not learner.whole:
-                raise ValueError(
-                    f"Update {learner.step} for {cfg.hook_out!r} was broken off halfway, or its loss was not finite. "
-                    "Take the run up from its last checkpoint with Trainer.resume(folder), or train anew."
-                )
-            began, found = (cfg.d_in, cfg.d_out), (store.width(cfg.hook_in), store.width(cfg.hook_out))
-            if began != found or store.manifest.source != self._source:
-                raise ValueError(
-                    f"This run began on another store (data {self._source!r}, widths {began}); this one is "
-                    f"{store.manifest.source!r} with widths {found}. Resume it on the store it began with."
-                )
-        if self._learners:
-            return
-        self._source = store.manifest.source
-        for cfg in self.configs:
-            learner = Learner(
-                cfg,
-                d_in=store.width(cfg.hook_in),
-                d_out=store.width(cfg.hook_out),
-                scale=store.scale(cfg.hook_in),
-                model=store.manifest.model,
-            )
-            self._learners.append(learner)
-
-    def _update(self, index: int, learner: Learner, reader: "_Reader") -> StepResult:
-        start = time.perf_counter()
-        batch = reader.batch(learner.cfg, learner.step)
-        x, y = batch[0], batch[-1]
-        parts = learner.update(x, y)
-        spread = (y - y.mean(0)).pow(2).sum(-1).mean() / learner.scale**2
-        result = StepResult(
-            index=index,
-            step=learner.step,
-            loss=parts.loss.item(),
-            fvu=(parts.squared_error / spread).item(),
-            l0=parts.l0.item(),
-            dead=learner.dead(),
-            tokens_per_second=len(x) / (time.perf_counter() - start),
-        )
-        if not math.isfinite(result.loss):
+    def _begin(self, store: ActivationStore) -> None:
+        """Check that this store fits the run, and make what the first call of `run` lacks."""
+        if not self._settled:
             raise ValueError(
-                f"The loss for {learner.cfg.hook_out!r} is {result.loss} at step {result.step}; lower the learning "
-                "rate. The last checkpoint is whole."
+                f"Step {self.step} of this run was broken off halfway, or a number in it was not finite. Take the run "
+                "up from its last checkpoint with Trainer.resume(folder), or train anew."
             )
-        return result
+        identity = identity_of(store, self.configs)
+        if self._learners:
+            refuse_another(self._store_identity, identity)
+        self._check_held_out(store)
+        groups = self._groups
+        if self._store is not store:
+            groups = groups_of(self.configs, store, seed=self.seed)
+            for group in groups:
+                if group.batch_size in self._reader_states:
+                    group.reader.load_state(self._reader_states[group.batch_size])
+        if self.folder is not None:
+            remove_newer(self.folder, step=self.step)
+            self._json = JsonLog(self.folder / LOG_NAME, size=self._log_size)
+            self._log_size = self._json.size
+        if not self._learners:
+            for cfg in self.configs:
+                for message in filter(None, (cfg.threshold_warning(), cfg.warm_up_warning())):
+                    warnings.warn(message, UserWarning, stacklevel=3)
+            self._learners = [self._learner(cfg, store) for cfg in self.configs]
+        self._store, self._store_identity, self._groups = store, identity, groups
+        self._reported = dict.fromkeys(range(len(self.configs)), (self.step, self._seconds))
+
+    def _check_held_out(self, store: ActivationStore) -> None:
+        identity = None if self.held_out is None else self.held_out.identity
+        if self._learners and identity != self._held_out_identity:
+            raise ValueError(
+                f"This run began with other held-out text: {self._held_out_identity}, now {identity}. Give "
+                "Trainer.resume(folder, held_out=...) the same, so that the run equals an unbroken one."
+            )
+        if self.held_out is not None:
+            self.held_out.check(store)
+        self._held_out_identity = identity
+
+    def _learner(self, cfg: TrainConfig, store: ActivationStore) -> Learner:
+        return Learner(
+            cfg,
+            d_in=store.width(cfg.hook_in),
+            d_out=store.width(cfg.hook_out),
+            scale=store.scale(cfg.hook_in),
+            model=store.manifest.model,
+            device=self.device,
+        )
+
+    def _advance(self) -> list[StepResult]:
+        """Make one step, and give the results that are due after it."""
+        start = time.perf_counter()
+        self._settled = False
+        for group in self._groups:
+            active = [index for index, cfg in group.members.items() if self.step < cfg.steps]
+            if active:
+                batch = group.next(self.device)
+                for index in active:
+                    cfg, learner = self.configs[index], self._learners[index]
+                    parts = learner.update(batch.rows[cfg.hook_in], batch.rows[cfg.hook_out])
+                    self._readings.note(index, learner, parts, batch)
+        self.step += 1
+        due = [index for index, cfg in enumerate(self.configs) if self._is_due(cfg)]
+        readings = self._readings.read(remedy=self._last_checkpoint()) if due else {}
+        self._seconds += time.perf_counter() - start
+        results = [self._result(index, readings[index]) for index in due]
+        for result in results:
+            if self._json is not None:
+                self._json(result)
+                self._log_size = self._json.size
+        self._undelivered.extend(results)
+        self._settled = True
+        for result in results:
+            for log in self.log:
+                log(result)
+        return results
+
+    def _is_due(self, cfg: TrainConfig) -> bool:
+        running = self.step <= cfg.steps
+        return running and (self.step % self.report_every == 0 or self.step == cfg.steps or self._evaluates(cfg))
+
+    def _evaluates(self, cfg: TrainConfig) -> bool:
+        return self.held_out is not None and (self.step % self.evaluate_every == 0 or self.step == cfg.steps)
+
+    def _result(self, index: int, reading: Reading) -> StepResult:
+        cfg, learner = self.configs[index], self._learners[index]
+        if self._evaluates(cfg):
+            assert self.held_out is not None
+            self.evaluations[index] = self.held_out.evaluate(learner.result())
+        (step, seconds), self._reported[index] = self._reported[index], (self.step, self._seconds)
+        return StepResult(
+            index=index,
+            name=self.names[index],
+            step=self.step,
+            loss=reading.loss,
+            fvu=reading.fvu,
+            l0=reading.l0,
+            dead=float(learner.dead()),
+            tokens_per_second=cfg.batch_size * (self.step - step) / (self._seconds - seconds),
+            evaluation=self.evaluations[index] if self._evaluates(cfg) else None,
+        )
+
+    def _deliver(self) -> Iterator[StepResult]:
+        while self._undelivered:
+            yield self._undelivered.popleft()
 
     def _checkpoint(self) -> None:
-        if self.folder is None:
+        """Write the state, unless it is on disk already or the step could not be finished."""
+        if self.folder is None or not self._settled or self._saved_step == self.step:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._settled = False  # until the numbers of the last updates have been checked
+        self._readings.read(remedy=self._last_checkpoint())
         state: dict[str, Tensor] = {}
-        for i, learner in enumerate(self._learners):
-            state |= {f"{i}.{name}": tensor.contiguous() for name, tensor in learner.state().items()}
+        for index, learner in enumerate(self._learners):
+            own = learner.state()
+            for name, tensor in own.items():
+                if tensor.is_floating_point() and tensor.numel() and not _all_finite(tensor):
+                    raise ValueError(
+                        f"{name} of {self.names[index]} is not finite after step {self.step}; lower the learning rate. "
+                        f"{self._last_checkpoint()}"
+                    )
+            state |= {f"learner.{index}.{name}": tensor for name, tensor in own.items()}
+        for group in self._groups:
+            state |= {f"reader.{group.batch_size}.{name}": t for name, t in group.reader.state().items()}
+        self._settled = True
         header = {
             "configs": [asdict(cfg) for cfg in self.configs],
+            "settings": {name: getattr(self, name) for name in _SETTINGS},
             "learners": [
                 {"d_in": s.cfg.d_in, "d_out": s.cfg.d_out, "scale": learner.scale, "model": s.cfg.model}
                 for learner in self._learners
                 for s in (learner.sae,)
             ],
-            "step": self.step,
-            "source": self._source,
-            "checkpoint_every": self.checkpoint_every,
+            "store": self._store_identity,
+            "held_out": self._held_out_identity,
+            "evaluations": {index: result.to_json() for index, result in self.evaluations.items()},
+            "log_size": self._log_size,
         }
-        with whole_file(self.folder / _CHECKPOINT) as part:
-            save_file(state, part, metadata={"trainer": json.dumps(header)})
+        write_checkpoint(self.folder, header, state, step=self.step, keep=self.keep)
+        self._saved_step = self.step
+
+    def _last_checkpoint(self) -> str:
+        if self.folder is None:
+            return "Nothing was kept: the trainer has no folder."
+        return f"The last checkpoint, after step {self._saved_step}, is whole: Trainer.resume({str(self.folder)!r})."
+
+    def _interrupted(self) -> str:
+        text = f"interrupted after step {self.step}"
+        return text if self.folder is None else f"{text}; Trainer.resume({str(self.folder)!r}) goes on from there"
 
 
-class _Reader:
-    """Batches by number: pass after pass over the store, each in its own order, partial batches left out."""
+def _all_finite(tensor: Tensor) -> bool:
+    low, high = tensor.aminmax()
+    return bool(torch.isfinite(low) and torch.isfinite(high))
 
-    def __init__(self, store: ActivationStore) -> None:
-        self._store = store
-        self._orders: dict[int, tuple[int, Tensor]] = {}
-        self._latest: tuple[object, Batch] | None = None
 
-    def batch(self, cfg: TrainConfig, step: int) -> Batch:
-        """The rows of update `step`; the same tensors for the next dictionary that asks for them."""
-        sites = (cfg.hook_in,) if cfg.hook_in == cfg.hook_out else (cfg.hook_in, cfg.hook_out)
-        key = (sites, cfg.batch_size, cfg.seed, step)
-        if self._latest is None or self._latest[0] != key:
-            pass_number, i = divmod(step, self._store.rows // cfg.batch_size)
-            seed = cfg.seed * 1_000_003 + pass_number
-            if self._orders.get(cfg.seed, (None,))[0] != seed:
-                self._orders[cfg.seed] = (seed, self._store.order(seed))
-            rows = self._orders[cfg.seed][1][i * cfg.batch_size : (i + 1) * cfg.batch_size]
-            self._latest = (key, self._store.take(sites, rows))
-        return self._latest[1]
+def _refuse_others(folder: Path, kept: Sequence[TrainConfig], asked: Trainer) -> None:
+    found = differences(kept, asked.configs)
+    if found:
+        raise ValueError(f"{folder} holds a run of other configs: {found}. Give the same, or choose another folder.")
+
+
+def _show(bar: "tqdm[Any]", results: Sequence[StepResult]) -> None:
+    """Move the progress bar; with several dictionaries it shows the range of each number."""
+    if results and not bar.disable:
+        shown: list[str] = []
+        for label, name, form in (
+            ("loss", "loss", ".3g"),
+            ("L0", "l0", ".1f"),
+            ("FVU", "fvu", ".3f"),
+            ("tokens/s", "tokens_per_second", ",.0f"),
+        ):
+            values = [float(getattr(result, name)) for result in results]
+            ends = dict.fromkeys(format(value, form) for value in (min(values), max(values)))
+            shown.append(f"{label} {' to '.join(ends)}")
+        bar.set_postfix_str(", ".join(shown), refresh=False)
+    bar.update()

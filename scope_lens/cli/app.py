@@ -1,0 +1,5 @@
+"""The verbs register here; `scope_lens.cli` imports their modules."""
+
+import tyro
+
+app = tyro.extras.SubcommandApp()

@@ -1,0 +1,181 @@
+"""The state of a run on disk, such that a kill at any moment leaves a folder that resumes.
+
+    folder/checkpoint_000001000.safetensors     tensors of every learner and reader; the header describes the run
+    folder/log.jsonl                            one line a result (`scope_lens.training.log`)
+
+1. A checkpoint is written into a neighbour, forced to the disk, and takes its name when it is whole.
+2. Only then are those removed that are older than the last `keep`, and what a killed writer left.
+3. The header holds a checksum of the tensors, so a file that was cut or changed later is known as damaged. Nothing
+   falls back to an older checkpoint by itself: the error names those that are whole.
+"""
+
+import json
+import os
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from scope_lens.training.config import TrainConfig
+from scope_lens.whole_file import whole_file
+
+_NAME = re.compile(r"checkpoint_(\d{9,})\.safetensors(\.part)?")
+_HEADER = "scope_lens_run"
+
+
+class Checkpoint(NamedTuple):
+    """A run at one moment.
+
+    Attributes:
+        path: The file.
+        header: What describes the run, as JSON holds it.
+        tensors: Its state by name, on the CPU.
+    """
+
+    path: Path
+    header: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def below(self, prefix: str) -> dict[str, Tensor]:
+        """Give the tensors whose names begin with `prefix`, without it."""
+        return {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
+
+
+def checkpoints(folder: str | Path) -> dict[int, Path]:
+    """List the checkpoints in a folder by the number of updates, ascending; empty where there is no run."""
+    found = ((_NAME.fullmatch(path.name), path) for path in Path(folder).glob("checkpoint_*"))
+    return dict(sorted((int(match[1]), path) for match, path in found if match and not match[2]))
+
+
+def write_checkpoint(
+    folder: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor], *, step: int, keep: int
+) -> Path:
+    """Write one checkpoint, whole or not at all, and then remove all but the last `keep`.
+
+    Args:
+        folder: Created if missing.
+        header: What describes the run; JSON holds it.
+        tensors: Its state.
+        step: Updates made.
+        keep: Checkpoints that stay, this one included.
+
+    Raises:
+        OSError: The disk is full or cannot be written; earlier checkpoints are untouched.
+    """
+    path = folder / f"checkpoint_{step:09d}.safetensors"
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    described = json.dumps({**header, "step": step, "checksum": _checksum(state)})
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as part:
+            save_file(state, part, metadata={_HEADER: described})
+            with part.open("rb") as written:
+                os.fsync(written.fileno())
+    except (OSError, SafetensorError) as error:
+        kept = ", ".join(older.name for older in checkpoints(folder).values()) or "none"
+        raise OSError(
+            f"{path} could not be written ({error}). Earlier checkpoints are whole: {kept}. Make room, then go on with "
+            f"Trainer.resume({str(folder)!r})."
+        ) from error
+    older = [there for number, there in checkpoints(folder).items() if number <= step]
+    for stale in (*older[:-keep], *(f for f in folder.glob("checkpoint_*.part") if _NAME.fullmatch(f.name))):
+        stale.unlink(missing_ok=True)
+    return path
+
+
+def read_checkpoint(folder: str | Path, *, step: int | None = None) -> Checkpoint:
+    """Read the newest checkpoint of a run, or the one after `step` updates.
+
+    Raises:
+        FileNotFoundError: The folder holds no run, or no checkpoint of this step.
+        ValueError: The checkpoint is damaged; the message says which others are whole.
+    """
+    there = checkpoints(folder)
+    if not there:
+        raise FileNotFoundError(
+            f"{folder} holds no checkpoint_<step>.safetensors; Trainer.resume takes up a run that was begun with "
+            "Trainer(configs, folder=...)."
+        )
+    if step is not None and step not in there:
+        raise FileNotFoundError(f"{folder} holds no checkpoint of step {step}; it holds those of {list(there)}.")
+    path = there[max(there) if step is None else step]
+    try:
+        return _read(path)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        damage = f"{path} is no whole checkpoint ({type(error).__name__}: {error})."
+    whole = [number for number, other in there.items() if other != path and _is_whole(other)]
+    remedy = (
+        f"Those of the steps {whole} are whole: go on from one with Trainer.resume({str(folder)!r}, step={whole[-1]})."
+        if whole
+        else "The folder holds no other that is whole; train anew in another folder."
+    )
+    raise ValueError(f"{damage} {remedy}")
+
+
+def remove_newer(folder: Path, *, step: int) -> None:
+    """Remove the checkpoints after `step` updates: the run goes on from there and writes them anew."""
+    for number, path in checkpoints(folder).items():
+        if number > step:
+            path.unlink(missing_ok=True)
+
+
+def config_of(fields: Mapping[str, Any]) -> TrainConfig:
+    """Rebuild a config from JSON, which knows lists and no tuples.
+
+    Raises:
+        TypeError: A field that a config does not have.
+        ValueError: A setting outside its range.
+    """
+    settings: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in fields.items()}
+    return TrainConfig(**settings)
+
+
+def differences(kept: Sequence[TrainConfig], asked: Sequence[TrainConfig]) -> str:
+    """Say in which fields two lists of configs differ; empty where they are equal.
+
+    Args:
+        kept: Of the run on disk.
+        asked: Of the call.
+    """
+    if len(kept) != len(asked):
+        return f"{len(kept)} dictionaries, now {len(asked)}"
+    return "; ".join(
+        f"config {index}: {name} {was!r}, now {now!r}"
+        for index, (old, new) in enumerate(zip(kept, asked, strict=True))
+        for (name, was), now in zip(asdict(old).items(), asdict(new).values(), strict=True)
+        if was != now
+    )
+
+
+def _read(path: Path) -> Checkpoint:
+    with safe_open(path, framework="pt") as file:
+        metadata: dict[str, str] = file.metadata() or {}
+        header: dict[str, Any] = json.loads(metadata[_HEADER])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if header["checksum"] != _checksum(tensors):
+        raise ValueError("the checksum of its tensors is not the one it was written with")
+    return Checkpoint(path, header, tensors)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        _read(path)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        return False
+    return True
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> int:
+    checksum = 0
+    for name, tensor in sorted(tensors.items()):
+        checksum = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), checksum)
+        if tensor.numel():
+            checksum = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, checksum)
+    return checksum
