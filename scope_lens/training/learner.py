@@ -93,7 +93,9 @@ class Learner:
         """
         inputs = x / self.scale
         targets = inputs if y is x else y / self.scale
-        parts = self._gradients(inputs, targets)
+        # Before `dead_after` rows no latent can be dead, which is known without asking the device.
+        dead = self.dead_latents() if self._rows_seen() >= self.cfg.dead_after else None
+        parts = self.objective.gradients((inputs, targets), step=self.step, dead=dead)
         with torch.no_grad():
             project_out_rows(self.sae.W_dec)
             self.adam.param_groups[0]["lr"] = self.cfg.learning_rate_at(self.step)
@@ -150,15 +152,6 @@ class Learner:
                     key.rsplit(".", 1)[1]: state[key].clone().to(parameter.device) for key in keys
                 }
             self.step = int(state["step"])
-
-    def _gradients(self, x: Tensor, y: Tensor) -> LossParts:
-        """Fill every parameter's gradient, and give the loss; the one place that picks how."""
-        self.adam.zero_grad()
-        # Before `dead_after` rows no latent can be dead, which is known without asking the device.
-        dead = self.dead_latents() if self._rows_seen() >= self.cfg.dead_after else None
-        parts = self.objective.loss((x, y), step=self.step, dead=dead)
-        parts.loss.backward()
-        return parts.detached()
 
     def _rows_seen(self) -> int:
         return self.step * self.cfg.batch_size

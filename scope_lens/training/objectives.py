@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from scope_lens.sae import HookedSAE
 from scope_lens.training.baselines import AuxK, gated_loss, relu_loss, topk_loss
 from scope_lens.training.config import TrainConfig
+from scope_lens.training.jumprelu_step import StepWorkspace, jumprelu_step
 from scope_lens.training.losses import LossParts, jumprelu_loss
 
 Batch = tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch d_out"]]
@@ -49,6 +50,14 @@ class Objective(ABC):
     def inference(self) -> HookedSAE:
         """Give the dictionary with the activation it has outside training, still in normalised units."""
 
+    def gradients(self, batch: Batch, *, step: int, dead: Bool[Tensor, " d_sae"] | None) -> LossParts:
+        """Put the gradient of every trained parameter into its `.grad`, and give the loss, detached."""
+        for parameter in (*self._sae.parameters(), *self.parameters.values()):
+            parameter.grad = None
+        parts = self.loss(batch, step=step, dead=dead)
+        parts.loss.backward()
+        return parts.detached()
+
     def constrain(self) -> None:  # noqa: B027
         """Bring the extra parameters back into their range after Adam."""
 
@@ -65,6 +74,7 @@ class JumpReLUObjective(Objective):
         sae.threshold.requires_grad = False
         sae.threshold.copy_(initial)
         self.parameters["theta"] = self.theta
+        self._workspace: StepWorkspace | None = None  # made at the first update, which knows the dtype
 
     def threshold(self) -> Float[Tensor, " d_sae"]:
         """Give the thresholds, differentiable in `theta`."""
@@ -81,6 +91,29 @@ class JumpReLUObjective(Objective):
             bandwidth=cfg.bandwidth,
             prefixes=cfg.matryoshka,
         )
+
+    def gradients(self, batch: Batch, *, step: int, dead: Bool[Tensor, " d_sae"] | None) -> LossParts:
+        """Take the step written by hand where there is one for this config and device, autograd elsewhere."""
+        sae, cfg = self._sae, self._cfg
+        if cfg.matryoshka or sae.device.type != "cpu":
+            return super().gradients(batch, step=step, dead=dead)
+        if self._workspace is None:
+            self._workspace = StepWorkspace(sae)
+            self.theta.grad = torch.empty_like(self.theta)
+        assert self.theta.grad is not None
+        threshold = self.threshold().detach()
+        parts = jumprelu_step(
+            sae,
+            batch,
+            threshold=threshold,
+            threshold_grad=self.theta.grad,
+            sparsity=cfg.sparsity_term_at(step),
+            bandwidth=cfg.bandwidth,
+            workspace=self._workspace,
+        )
+        if cfg.threshold == "log":
+            self.theta.grad *= threshold
+        return parts
 
     @torch.no_grad()
     def constrain(self) -> None:

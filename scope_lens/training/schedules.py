@@ -19,6 +19,6 @@ def linear_warm_up(step: int, *, steps: int) -> float:
 
 
 def linear_decay(step: int, *, last: int, total: int) -> float:
-    """1 until `last` updates are left, then the share of them that is left; never 0 for an update of the run."""
-    left = total - step
-    return 1.0 if left >= last else left / last
+    """1 until `last` updates are left, then the share of them that is left; 0 only after the end of the run."""
+    left = max(total - step, 0)
+    return 1.0 if last == 0 or left >= last else left / last
