@@ -24,6 +24,7 @@ from scope_lens.training.corpus import Corpus, Origin, SequenceBatch
 from scope_lens.training.manifest import DTYPES, StoreManifest, source_of, tokenizer_hash, versions
 from scope_lens.training.placement import Placement
 from scope_lens.training.site_rows import SiteRows
+from scope_lens.training.transfer import put_rows
 
 
 class Harvested(NamedTuple):
@@ -197,7 +198,7 @@ def harvest_memory(
             numbers = begin + piece.slots
             places[numbers] = part.batch.places[piece.rows]
             for site, rows in part.rows.items():
-                arrays[site][numbers.to(sites.device)] = rows[piece.rows].to(sites.device)
+                put_rows(arrays[site], numbers, rows[piece.rows])
                 if piece.ends:
                     sums[site] += square_sum(arrays[site][begin:end])
     return harvest.describe(sums), arrays, harvest.corpus.origin(places)

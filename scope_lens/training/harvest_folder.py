@@ -27,6 +27,7 @@ from torch import Tensor
 from scope_lens.training.harvest import Harvest, Harvested, square_sum
 from scope_lens.training.manifest import StoreManifest, differences, write_json
 from scope_lens.training.placement import BUCKET_ROWS, Piece
+from scope_lens.training.transfer import put_rows
 from scope_lens.training.zarr_rows import CHUNK_ROWS, SHARD_ROWS, ZarrRows, arrays_of, disk_errors, full_disk, reserve
 
 _DOCUMENTS = "documents.txt"
@@ -132,7 +133,7 @@ class _Folder:
                 continue
             self._scratch[_PLACES][piece.slots] = part.batch.places[piece.rows]
             for site, rows in part.rows.items():
-                self._scratch[site][piece.slots] = rows[piece.rows].cpu()
+                put_rows(self._scratch[site], piece.slots, rows[piece.rows])
             if piece.ends:
                 self._write(piece)
 

@@ -21,21 +21,31 @@ from torch import Tensor
 
 from scope_lens.training.corpus import Origin
 from scope_lens.training.seeds import generator
+from scope_lens.training.transfer import take_rows
 from scope_lens.training.zarr_rows import CHUNK_ROWS, ORIGIN, ZarrRows
 
 _WINDOW_BLOCKS = 16
 _WINDOW_BYTES = 1 << 30  # of all sites of the store, more or less
 
-# Numbers of some rows of a window -> each site's rows, in the store's dtype.
-Take = Callable[[Int[Tensor, " row"]], dict[str, Float[Tensor, "row _"]]]
+# Numbers of some rows of a window, and where the rows of each site are to be written.
+Take = Callable[[Int[Tensor, " row"], Mapping[str, Float[Tensor, "row _"]]], None]
+
+
+def by_site(names: Mapping[str, str], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Key a batch by the store's sites instead of the names they were asked for."""
+    return {site: batch[name] for name, site in names.items()}
 
 
 @runtime_checkable
 class RowReader(Protocol):
     """Endless batches of rows at some sites, row i of each site from the same token."""
 
-    def next(self) -> dict[str, Float[Tensor, "size _"]]:
-        """Give the next batch in float32, by the names the sites were asked for."""
+    def next(self, into: Mapping[str, Float[Tensor, "size _"]] | None = None) -> dict[str, Float[Tensor, "size _"]]:
+        """Give the next batch in float32, by the names the sites were asked for.
+
+        Args:
+            into: A batch that is no longer needed, to be overwritten; None makes new tensors.
+        """
         ...
 
     def origin(self) -> Origin:
@@ -51,6 +61,7 @@ class RowReader(Protocol):
         ...
 
 
+@runtime_checkable
 @runtime_checkable
 class Source(Protocol):
     """What a store reads its rows from."""
@@ -69,11 +80,16 @@ class Source(Protocol):
 
 
 @runtime_checkable
+@runtime_checkable
 class Rows(Protocol):
     """Where the rows of a finished store lie."""
 
     def window(self, sites: Sequence[str], spans: Sequence[tuple[int, int]]) -> Take:
         """Begin to fetch these spans of rows (first, end); rows are numbered through them."""
+        ...
+
+    def empty(self, site: str, size: int) -> Float[Tensor, "size _"]:
+        """Make room for rows of a site in float32, on the device they come from."""
         ...
 
     def origin(self, numbers: Int[Tensor, " row"]) -> Origin:
@@ -100,12 +116,16 @@ class MemoryRows:
         """Number the rows; nothing is copied."""
         numbers = torch.cat([torch.arange(first, end) for first, end in spans])
 
-        def take(rows: Tensor) -> dict[str, Tensor]:
-            wanted = numbers[rows]
-            found = {site: self._arrays[site] for site in sites}
-            return {site: array.index_select(0, wanted.to(array.device)) for site, array in found.items()}
+        def take(rows: Tensor, out: Mapping[str, Tensor]) -> None:
+            for site in sites:
+                take_rows(self._arrays[site], numbers[rows], out=out[site])
 
         return take
+
+    def empty(self, site: str, size: int) -> Float[Tensor, "size _"]:
+        """Make room for rows of a site in float32."""
+        array = self._arrays[site]
+        return torch.empty(size, array.shape[1], device=array.device)
 
     def origin(self, numbers: Int[Tensor, " row"]) -> Origin:
         """Say where rows came from."""
@@ -130,10 +150,15 @@ class DiskRows:
         """Begin to read; the first take waits for the rows."""
         readings = {site: self._arrays[site].read(spans) for site in sites}
 
-        def take(rows: Tensor) -> dict[str, Tensor]:
-            return {site: reading.result().index_select(0, rows) for site, reading in readings.items()}
+        def take(rows: Tensor, out: Mapping[str, Tensor]) -> None:
+            for site, reading in readings.items():
+                take_rows(reading.result(), rows, out=out[site])
 
         return take
+
+    def empty(self, site: str, size: int) -> Float[Tensor, "size _"]:
+        """Make room for rows of a site in float32."""
+        return torch.empty(size, self._arrays[site].width)
 
     def origin(self, numbers: Int[Tensor, " row"]) -> Origin:
         """Say where rows came from."""
@@ -190,23 +215,19 @@ class Pass:
         self._ends = sizes.cumsum(0).tolist()
         self._open: dict[int, _Window] = {}
 
-    def take(self, start: int, end: int) -> tuple[dict[str, Float[Tensor, "row _"]], Int[Tensor, " row"]]:
-        """Give the rows number `start` to `end` of the pass in float32, and their numbers in the store."""
-        parts: list[dict[str, Tensor]] = []
+    def take(self, start: int, end: int, *, out: Mapping[str, Float[Tensor, "row _"]]) -> Int[Tensor, " row"]:
+        """Write the rows number `start` to `end` of the pass into `out`, and give their numbers in the store."""
         numbers: list[Tensor] = []
         index = next(i for i, stop in enumerate(self._ends) if start < stop)
-        while start < end:
+        at = start
+        while at < end:
             window = self._window(index)
             stop = min(end, self._ends[index])
-            at = torch.arange(start - window.first, stop - window.first)
-            parts.append(window.take(window.order[at]))
-            numbers.append(window.numbers(at))
-            start, index = stop, index + 1
-        joined = {
-            site: (torch.cat([part[site] for part in parts]) if len(parts) > 1 else parts[0][site]).float()
-            for site in self._sites
-        }
-        return joined, torch.cat(numbers)
+            order = torch.arange(at - window.first, stop - window.first)
+            window.take(window.order[order], {site: rows[at - start : stop - start] for site, rows in out.items()})
+            numbers.append(window.numbers(order))
+            at, index = stop, index + 1
+        return torch.cat(numbers)
 
     def _window(self, index: int) -> _Window:
         for number in (index, index + 1):
@@ -243,8 +264,10 @@ class Finished:
         """Read every row once; the last batch may have fewer."""
         rows = self.begin(names, seed=seed, number=0)
         for start in range(0, self.total, size):
-            found, _ = rows.take(start, min(start + size, self.total))
-            yield {name: found[site] for name, site in names.items()}
+            end = min(start + size, self.total)
+            batch = self.empty(names, end - start)
+            rows.take(start, end, out=by_site(names, batch))
+            yield batch
 
     def population(self) -> Origin:
         """Say where the rows come from."""
@@ -253,6 +276,11 @@ class Finished:
     def origin(self, numbers: Int[Tensor, " row"]) -> Origin:
         """Say where these rows came from."""
         return self._rows.origin(numbers)
+
+    def empty(self, names: Mapping[str, str], size: int) -> dict[str, Float[Tensor, "size _"]]:
+        """Make room for a batch."""
+        rooms = {site: self._rows.empty(site, size) for site in set(names.values())}
+        return {name: rooms[site] for name, site in names.items()}
 
     def begin(self, names: Mapping[str, str], *, seed: int, number: int) -> Pass:
         """Begin pass `number`."""
@@ -277,14 +305,15 @@ class _PassReader:
         self._pass: Pass | None = None
         self._numbers = torch.empty(0, dtype=torch.long)
 
-    def next(self) -> dict[str, Float[Tensor, "size _"]]:
-        """Give the next batch in float32, by the names the sites were asked for."""
+    def next(self, into: Mapping[str, Float[Tensor, "size _"]] | None = None) -> dict[str, Float[Tensor, "size _"]]:
+        """Give the next batch in float32, by the names the sites were asked for; see `RowReader`."""
         number, index = divmod(self._batches, self._in_pass)
         if self._pass is None or self._pass.number != number:
             self._pass = self._source.begin(self._names, seed=self._seed, number=number)
-        found, self._numbers = self._pass.take(index * self._size, (index + 1) * self._size)
+        batch = self._source.empty(self._names, self._size) if into is None else dict(into)
+        self._numbers = self._pass.take(index * self._size, (index + 1) * self._size, out=by_site(self._names, batch))
         self._batches += 1
-        return {name: found[site] for name, site in self._names.items()}
+        return batch
 
     def origin(self) -> Origin:
         """Say where the rows of the last batch came from."""

@@ -12,13 +12,13 @@ All rows lie in slots of tensors that are allocated once. The slot numbers stand
 Nothing is moved, joined or reallocated, so memory is that of the tensors and of one number a slot.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from scope_lens.training.transfer import to_device
+from scope_lens.training.transfer import put_rows, take_rows
 
 
 class Reservoir:
@@ -34,7 +34,6 @@ class Reservoir:
     def __init__(self, widths: Mapping[str, int], *, rows: int, dtype: torch.dtype, device: torch.device) -> None:
         self.rows = rows
         self.arrays = {site: torch.empty(rows, width, dtype=dtype, device=device) for site, width in widths.items()}
-        self._device = device
         self._places = torch.empty(rows, dtype=torch.long)
         self._ring = torch.arange(rows, dtype=torch.int32)
         self._served, self._of_round, self._held_until = 0, 0, 0
@@ -60,9 +59,8 @@ class Reservoir:
         assert n <= self.room
         slots = self._slots(self._held_until, n)
         self._places[slots] = places
-        on_device = to_device(slots, self._device)
         for site, array in self.arrays.items():
-            array.index_copy_(0, on_device, rows[site].to(self._device))
+            put_rows(array, slots, rows[site])
         self._held_until += n
 
     def spent(self, size: int) -> bool:
@@ -76,13 +74,14 @@ class Reservoir:
         ring[:held] = ring[torch.randperm(held, generator=self._generator)]
         self._ring, self._served, self._of_round, self._held_until = ring, 0, held, held
 
-    def draw(self, sites: Sequence[str], size: int) -> tuple[dict[str, Float[Tensor, "size _"]], Int[Tensor, " size"]]:
-        """Take the next rows of the round in float32, and their places; no shuffle may be due."""
+    def draw(self, out: Mapping[str, Float[Tensor, "size _"]], size: int) -> Int[Tensor, " size"]:
+        """Take the next rows of the round: write those of each site, and give their places; no shuffle may be due."""
         assert self._served + size <= self._of_round
         slots = self._slots(self._served, size)
         self._served += size
-        on_device = to_device(slots, self._device)
-        return {site: self.arrays[site].index_select(0, on_device).float() for site in sites}, self._places[slots]
+        for site, rows in out.items():
+            take_rows(self.arrays[site], slots, out=rows)
+        return self._places[slots]
 
     def state(self) -> dict[str, Tensor]:
         """Give everything, rows included; the large tensors are the live ones."""

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from scope_lens.training.corpus import Origin, SequenceBatch
 from scope_lens.training.harvest import Harvest, square_sum
 from scope_lens.training.manifest import StoreManifest
-from scope_lens.training.reader import RowReader
+from scope_lens.training.reader import RowReader, by_site
 from scope_lens.training.reservoir import Reservoir
 from scope_lens.training.seeds import generator
 
@@ -98,15 +98,18 @@ class Stream:
         """Say where the rows of one pass come from."""
         return self._harvest.corpus.origin(self._harvest.corpus.kept.nonzero().flatten())
 
-    def draw(self, sites: tuple[str, ...], size: int) -> dict[str, Float[Tensor, "size _"]]:
+    def draw(
+        self, names: Mapping[str, str], size: int, into: Mapping[str, Float[Tensor, "size _"]] | None
+    ) -> dict[str, Float[Tensor, "size _"]]:
         """Give a batch, and begin to replace it."""
         if self._reservoir.spent(size):
             self._settle()
             self._reservoir.shuffle()
-        found, self._places = self._reservoir.draw(sites, size)
+        batch = self._empty(names, size) if into is None else dict(into)
+        self._places = self._reservoir.draw(by_site(names, batch), size)
         for _ in self._refill(size):
             pass
-        return found
+        return batch
 
     def origin(self) -> Origin:
         """Say where the rows of the last batch came from."""
@@ -123,6 +126,14 @@ class Stream:
         self._reservoir.load_state(state)
         self._pass, self._sequence = state["position"].tolist()
         self._order, self._batch = self._harvest.corpus.order(self._harvest.seed, self._pass), None
+
+    def _empty(self, names: Mapping[str, str], size: int) -> dict[str, Float[Tensor, "size _"]]:
+        """Make room for a batch."""
+        arrays = self._reservoir.arrays
+        rooms = {
+            site: torch.empty(size, arrays[site].shape[1], device=arrays[site].device) for site in set(names.values())
+        }
+        return {name: rooms[site] for name, site in names.items()}
 
     def _refill(self, size: int) -> Iterator[int]:
         """Run forwards while there is room; while fewer than `size` rows are held, shorter ones. Yield their rows."""
@@ -176,12 +187,10 @@ class _StreamReader:
 
     def __init__(self, stream: Stream, names: Mapping[str, str], size: int) -> None:
         self._stream, self._names, self._size = stream, names, size
-        self._sites = tuple(dict.fromkeys(names.values()))
 
-    def next(self) -> dict[str, Float[Tensor, "size _"]]:
-        """Give the next batch in float32, by the names the sites were asked for."""
-        found = self._stream.draw(self._sites, self._size)
-        return {name: found[site] for name, site in self._names.items()}
+    def next(self, into: Mapping[str, Float[Tensor, "size _"]] | None = None) -> dict[str, Float[Tensor, "size _"]]:
+        """Give the next batch in float32, by the names the sites were asked for; see `RowReader`."""
+        return self._stream.draw(self._names, self._size, into)
 
     def origin(self) -> Origin:
         """Say where the rows of the last batch came from."""

@@ -57,6 +57,11 @@ class ZarrRows:
     def __len__(self) -> int:
         return int(self._store.shape[0])
 
+    @property
+    def width(self) -> int:
+        """Numbers in a row."""
+        return int(self._store.shape[1])
+
     def write(self, first: int, rows: Shaped[Tensor, "row *width"]) -> None:
         """Write rows from number `first` on; whole shards, but for the last rows of the array."""
         self._store[first : first + len(rows)].write(_numpy(rows)).result()
