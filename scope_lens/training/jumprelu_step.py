@@ -18,7 +18,8 @@ With n rows and K = 1 inside the window |pre - theta| < bandwidth / 2, 0 outside
     d b_dec = sum over rows of d y_hat, and with a pre-encoder bias - W_enc @ d b_enc
     d theta = - sum over rows of K (theta d f + d sparsity / d L0 of the row + d sparsity / d frequency / n) / bandwidth
 
-The choice in 2 looks at the chunk alone, so the numbers depend on the batch and on nothing before it.
+The choice in 2 looks at the chunk alone, so the numbers depend on the batch and on nothing before it. What all this
+saves is measured in docs/benchmarks/train_step.md.
 
 Sources: JumpReLU SAEs (arXiv 2407.14435), Gemma Scope (arXiv 2408.05147), section 2.2 and Eq. 4.
 """
@@ -149,7 +150,7 @@ class _Step:
             buffer[: len(seen)] for buffer in (workspace.pre, workspace.gap, workspace.spare, workspace.matters)
         )
         torch.addmm(self.sae.b_enc, seen, self.sae.W_enc, out=pre)
-        # NumPy compares in vectors where torch does not. The negation lets NaN through, into the loss.
+        # NumPy compares and finds several times faster than torch. The negation lets NaN through, into the loss.
         mask = matters.numpy()
         np.less_equal(pre.numpy(), self.low.numpy(), out=mask)
         np.logical_not(mask, out=mask)
@@ -159,6 +160,7 @@ class _Step:
             self._add_dense(rows, pre, gap, spare)
 
     def _add_sparse(self, rows: slice, pre: Tensor, where: Tensor) -> None:
+        """`where` holds the flat indices of the entries that matter, in order."""
         count, d_sae = pre.shape
         row = where // d_sae
         latent = where - row * d_sae
@@ -177,6 +179,7 @@ class _Step:
         self.entries.append(_Entries(row + rows.start, latent, act, d_act, active, inside))
 
     def _add_dense(self, rows: slice, pre: Tensor, gap: Tensor, spare: Tensor) -> None:
+        """Overwrite the three buffers: `pre` becomes f, d f and d pre; `spare` the active mask and the window."""
         totals, half = self.totals, self.bandwidth / 2
         ones = pre.new_ones(len(pre))
         torch.sub(pre, self.threshold, out=gap)
@@ -225,20 +228,21 @@ class _Step:
         totals.slope += _sums(latent, inside * self._slopes(self.l0).index_select(0, row), d_sae)
         totals.d_act += _sums(latent, inside * d_act, d_sae)
         self.grads["b_enc"] += _sums(latent, d_pre, d_sae)
+        # In the order of the latents, each one's rows ascending, so that its gradients are sums over one stretch.
         latent, order = torch.sort(latent, stable=True)
         row, act, d_pre = (values.index_select(0, order) for values in (row, act, d_pre))
         ends = torch.searchsorted(latent, torch.arange(d_sae + 1))
+        sums = (
+            (self.grads["W_dec"], self.d_recons, act),
+            (self.grads["W_enc"].T, self.seen, d_pre),
+        )
         for first in range(0, d_sae, _LATENT_BLOCK):
             block = slice(first, min(first + _LATENT_BLOCK, d_sae))
             begin, end = int(ends[block.start]), int(ends[block.stop])
             bags = ends[block] - begin
-            for name, source, weights in (("W_dec", self.d_recons, act), ("W_enc", self.seen, d_pre)):
-                sums = embedding_bag(row[begin:end], source, bags, mode="sum", per_sample_weights=weights[begin:end])
-                grad = self.grads[name] if name == "W_dec" else self.grads[name].T
-                if self.weights_begun:
-                    grad[block].add_(sums)
-                else:
-                    grad[block].copy_(sums)
+            for grad, source, weights in sums:
+                added = embedding_bag(row[begin:end], source, bags, mode="sum", per_sample_weights=weights[begin:end])
+                (grad[block].add_ if self.weights_begun else grad[block].copy_)(added)
 
     def finish(self, threshold_grad: Tensor) -> LossParts:
         """Write the gradients that need the whole batch, and give the loss."""
