@@ -123,8 +123,8 @@ def test_a_log_threshold_gets_the_chain_factor_theta():
 def test_the_threshold_gradient_estimates_the_derivative_of_the_expected_loss():
     """Against the derivative itself: Gaussian rows have a known density of each pre-activation.
 
-    d E[loss] / d theta_i = p_i(theta_i) * E[loss without latent i - loss with it | pre_i = theta_i], where the rows with
-    pre_i = theta_i can be drawn exactly. No window is in it, so it has none of the estimator's bias.
+    d E[loss] / d theta_i = p_i(theta_i) * E[loss without latent i - loss with it | pre_i = theta_i], where the rows
+    with pre_i = theta_i can be drawn exactly. No window is in it, so it has none of the estimator's bias.
     """
     sae, _, _ = dictionary("autoencoder")
     weight = {name: value.detach().numpy() for name, value in sae.named_parameters()}

@@ -29,27 +29,33 @@ def transcoder_config(**changes):
     )
 
 
-def test_the_published_recipe_has_the_published_numbers():
-    cfg = TrainConfig.gemma_scope(site="transcoder", layer=3, width=2**14, sparsity=6e-4)
-    assert (cfg.hook_in, cfg.hook_out) == ("blocks.3.ln2.hook_normalized", "blocks.3.hook_mlp_out")
-    assert (cfg.learning_rate, cfg.lr_warmup, cfg.lr_decay, cfg.sparsity_warmup) == (7e-5, 1000, 0, 10_000)
-    assert (cfg.betas, cfg.adam_eps, cfg.batch_size) == ((0.0, 0.999), 1e-8, 4096)
-    assert (cfg.bandwidth, cfg.threshold_init, cfg.threshold) == (0.001, 0.001, "log")
-    assert TrainConfig.gemma_scope(site="transcoder", layer=3, width="16k", sparsity=6e-4) == cfg
-    tokens = {width: 4096 * TrainConfig.gemma_scope(site="res", layer=0, width=width, sparsity=1e-3).steps
-              for width in (2**14, 2**16, 2**20)}  # fmt: skip
-    assert [round(n / 1e9, 3) for n in tokens.values()] == [4, 8, 16]
-
-
 def test_warm_ups_follow_their_formulas():
     cfg = TrainConfig.gemma_scope(site="res", layer=0, width=2**14, sparsity=2e-3)
     assert cfg.learning_rate_at(0) == pytest.approx(7e-6)
     assert cfg.learning_rate_at(500) == pytest.approx(7e-5 * 0.55)
     assert cfg.learning_rate_at(250) == pytest.approx(7e-5 * (0.1 + 0.9 * (1 - math.cos(math.pi / 4)) / 2))
+    assert cfg.learning_rate_at(999) < 7e-5
     assert cfg.learning_rate_at(1000) == cfg.learning_rate_at(cfg.steps - 1) == 7e-5
-    assert [cfg.sparsity_at(s) for s in (0, 2500, 10_000, 400_000)] == pytest.approx([0, 5e-4, 2e-3, 2e-3])
+    assert [cfg.sparsity_at(s) for s in (0, 2500, 9_999, 10_000, 400_000)] == pytest.approx(
+        [0, 5e-4, 2e-3 * 0.9999, 2e-3, 2e-3]
+    )
     short = dataclasses.replace(cfg, steps=3000, lr_decay=1000)
-    assert [short.learning_rate_at(s) for s in (2000, 2500, 2999)] == pytest.approx([7e-5, 3.5e-5, 7e-8])
+    assert [short.learning_rate_at(s) for s in (1999, 2000, 2500, 2999)] == pytest.approx([7e-5, 7e-5, 3.5e-5, 7e-8])
+    assert short.learning_rate_at(3000) == short.learning_rate_at(5000) == 0.0  # after the end
+
+
+def test_a_run_without_warm_ups_or_decay_is_constant():
+    cfg = dataclasses.replace(SMALL, lr_warmup=0, sparsity_warmup=0, lr_decay=0, steps=1)
+    assert [cfg.learning_rate_at(s) for s in (0, 1, 7)] == [3e-3] * 3
+    assert [cfg.sparsity_at(s) for s in (0, 1, 7)] == [0.01] * 3
+
+
+def test_both_penalties_warm_up_together_and_the_factor_has_its_published_default():
+    cfg = dataclasses.replace(SMALL, target_l0=5.0, frequency_penalty=0.2, frequency_limit=0.3)
+    term = cfg.sparsity_term_at(2)  # of 8
+    assert term == (0.0025, 5.0, 2 / 5, 0.05, 0.3)
+    assert dataclasses.replace(cfg, quadratic_factor=0.1).sparsity_term_at(8) == (0.01, 5.0, 0.1, 0.2, 0.3)
+    assert SMALL.sparsity_term_at(0)[:2] == (0.0, None)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +64,7 @@ def test_warm_ups_follow_their_formulas():
         ({"width": 0}, "width is 0"),
         ({"sparsity": -1.0}, "sparsity is -1.0"),
         ({"lr_decay": 99}, "more than the run's 40"),
-        ({"adam_eps": 0.0}, "adam_eps is 0.0; it must be positive"),
+        ({"adam_eps": 0.0}, "adam_eps is 0.0; it must be positive and finite"),
         ({"betas": (2.0, 1.0)}, r"betas is \(2.0, 1.0\); expected two numbers, each at least 0 and below 1"),
         ({"betas": (0.0, float("nan"))}, "betas is"),
     ],
@@ -68,11 +74,52 @@ def test_a_setting_outside_its_range_is_refused(changes, words):
         dataclasses.replace(SMALL, **changes)
 
 
-def test_an_unknown_parametrisation_is_refused():
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("threshold", "foo", "threshold is 'foo'; expected 'direct' or 'log'"),
+        ("activation", "swish", "activation is 'swish'; expected 'jumprelu' or 'topk' or 'batchtopk' or 'relu' or"),
+        ("untrained", ("bos", "noon"), r"untrained holds \['noon'\]; known are bos, eos, pad, chat_prefix"),
+    ],
+)
+def test_an_unknown_name_is_refused(field, value, words):
     cfg = dataclasses.replace(SMALL)
-    object.__setattr__(cfg, "threshold", "foo")  # the tests' type checker would refuse it before the config does
-    with pytest.raises(ValueError, match="threshold is 'foo'; expected 'direct' or 'log'"):
+    object.__setattr__(cfg, field, value)  # the tests' type checker would refuse it before the config does
+    with pytest.raises(ValueError, match=words):
         cfg.__post_init__()
+
+
+TOPK = {"activation": "topk", "k": 4, "sparsity": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"activation": "topk", "sparsity": 0.0}, r"topk keeps k latents, 1 <= k <= width=24; found k=None. Pass k=."),
+        (TOPK | {"k": 25}, "1 <= k <= width=24; found k=25"),
+        (TOPK | {"sparsity": 0.01}, "k=4 sets the sparsity of a topk dictionary; found sparsity=0.01. Pass sparsity=0"),
+        (TOPK | {"aux_k": 30}, "aux_k is 30, more than the width 24"),
+        ({"k": 4}, "k=4 and aux_k=0 belong to topk and batchtopk; leave them out for activation='jumprelu'"),
+        ({"activation": "relu", "aux_k": 4}, "aux_k=4 belong to topk and batchtopk"),
+        ({"activation": "gated", "target_l0": 5.0}, "only a jumprelu dictionary has; found target_l0=5.0"),
+        ({"activation": "relu", "frequency_penalty": 0.1}, "frequency_penalty=0.1 with activation='relu'"),
+        ({"target_l0": 0.0}, "target_l0 is 0.0; expected a number of latents above 0 and up to the width 24"),
+        ({"target_l0": 25.0}, "target_l0 is 25.0"),
+        ({"quadratic_factor": 0.1}, "quadratic_factor=0.1 is a positive factor .* found target_l0=None. Set both"),
+        ({"target_l0": 5.0, "quadratic_factor": -1.0}, "quadratic_factor=-1.0 is a positive factor"),
+        ({"skip": True}, "skip=True for an autoencoder of 'blocks.1.hook_resid_post' would learn the identity"),
+        ({"matryoshka": (8, 4)}, r"matryoshka is \(8, 4\); expected ascending widths between 1 and 23"),
+        ({"matryoshka": (8, 24)}, "The whole width is always the last prefix and is not listed"),
+        ({"matryoshka": (0, 8)}, "expected ascending widths"),
+        ({"matryoshka": (8,), "activation": "gated"}, "A gated dictionary has no Matryoshka training"),
+        ({"learning_rate": math.inf}, "learning_rate is inf; it must be positive and finite"),
+        ({"frequency_limit": 0.0}, "frequency_limit is 0.0; it must be positive and finite"),
+        ({"aux_coefficient": -1.0}, "aux_coefficient is -1.0; it must be positive and finite"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(SMALL, **changes)
 
 
 def test_an_autoencoder_starts_tied_with_unit_rows_and_zero_biases():
