@@ -191,7 +191,7 @@ def _sequences(model: ScopeModel, text_or_tokens: Tokens) -> tuple[list[Tensor],
             packed = pack_documents(model, given, context=min(_LONGEST_CONTEXT, int(model.model.cfg.n_ctx)))
             groups = token_rows(model, packed.tokens, context=_LONGEST_CONTEXT, purpose="harvest")
             return groups, [packed.document], [packed.position]
-        groups = token_rows(model, given, context=_LONGEST_CONTEXT, purpose="harvest")
+        groups = token_rows(model, iter(given), context=_LONGEST_CONTEXT, purpose="harvest")
     numbers = torch.arange(sum(len(group) for group in groups)).split([len(group) for group in groups])
     documents = [number[:, None].expand_as(group) for number, group in zip(numbers, groups, strict=True)]
     return groups, documents, [torch.arange(group.shape[1]).expand_as(group) for group in groups]

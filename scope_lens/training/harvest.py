@@ -25,6 +25,7 @@ from scope_lens.training.manifest import DTYPES, StoreManifest, source_of, token
 from scope_lens.training.placement import Placement
 from scope_lens.training.site_rows import SiteRows
 from scope_lens.training.transfer import put_rows
+from scope_lens.training.zarr_rows import SHARD_ROWS
 
 
 class Harvested(NamedTuple):
@@ -199,8 +200,8 @@ def harvest_memory(
             places[numbers] = part.batch.places[piece.rows]
             for site, rows in part.rows.items():
                 put_rows(arrays[site], numbers, rows[piece.rows])
-                if piece.ends:
-                    sums[site] += square_sum(arrays[site][begin:end])
+                for block in arrays[site][begin:end].split(SHARD_ROWS) if piece.ends else ():
+                    sums[site] += square_sum(block)
     return harvest.describe(sums), arrays, harvest.corpus.origin(places)
 
 

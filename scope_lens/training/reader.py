@@ -62,7 +62,6 @@ class RowReader(Protocol):
 
 
 @runtime_checkable
-@runtime_checkable
 class Source(Protocol):
     """What a store reads its rows from."""
 
@@ -79,7 +78,6 @@ class Source(Protocol):
         ...
 
 
-@runtime_checkable
 @runtime_checkable
 class Rows(Protocol):
     """Where the rows of a finished store lie."""

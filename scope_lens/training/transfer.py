@@ -5,6 +5,8 @@ goes through the elements of a row one by one, and a fresh tensor of tens of meg
 (docs/benchmarks/store.md).
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -47,7 +49,7 @@ def take_rows(array: Float[Tensor, "slot d"], slots: Int[Tensor, " row"], *, out
         out.copy_(array.index_select(0, numbers))
 
 
-def _opaque(rows: Tensor) -> "np.ndarray[tuple[int], np.dtype[np.void]]":
-    """The same rows as one item of bytes each."""
+def _opaque(rows: Tensor) -> Any:
+    """The same rows as a NumPy array with one item of bytes each."""
     row = np.dtype((np.void, rows.shape[1] * rows.element_size()))
     return rows.view(torch.uint8).numpy().view(row)[:, 0]

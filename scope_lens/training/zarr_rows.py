@@ -131,11 +131,17 @@ def arrays_of(
     return arrays | {name: ZarrRows(folder / name, shape=(rows,), dtype=torch.int32, create=create) for name in ORIGIN}
 
 
+class FullDiskError(OSError):
+    """A disk is full; the message says what to do."""
+
+
 @contextmanager
 def disk_errors(folder: Path, *, advice: str) -> Generator[None]:
     """Turn a full disk, however it is reported, into an OSError that says what to do."""
     try:
         yield
+    except FullDiskError:
+        raise
     except (OSError, ValueError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         if full or any(f"os_error_code='{code}'" in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
@@ -143,10 +149,10 @@ def disk_errors(folder: Path, *, advice: str) -> Generator[None]:
         raise
 
 
-def full_disk(folder: Path, advice: str) -> OSError:
+def full_disk(folder: Path, advice: str) -> FullDiskError:
     """Make the error of a full disk."""
     free = shutil.disk_usage(folder).free
-    return OSError(errno.ENOSPC, f"The disk of {folder} is full ({free / 1e9:.1f} GB are free). {advice}")
+    return FullDiskError(errno.ENOSPC, f"The disk of {folder} is full ({free / 1e9:.1f} GB are free). {advice}")
 
 
 def reserve(path: Path, size: int) -> None:
