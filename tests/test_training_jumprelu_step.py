@@ -220,6 +220,32 @@ def test_the_comparison_and_the_window_are_strict(others):
     assert (grads["threshold"][:5] * -BANDWIDTH).tolist() == [1.0, 0.0, 0.0, 1.0, 1.0]
 
 
+@pytest.mark.parametrize("every", [1, 10])
+def test_rounding_loses_no_entry_at_an_edge_of_the_window(every):
+    # Thresholds and a bandwidth that float32 rounds; pre-activations a few units in the last place around both edges.
+    latents, bandwidth = 40_000, 0.013
+    sae = HookedSAE(SAEConfig(d_in=1, d_out=1, d_sae=latents, hook_in="a", hook_out="b"))
+    theta = torch.rand(latents) * 10 ** torch.linspace(-3, 1, latents)
+    edge = theta + torch.where(torch.rand(latents) < 0.5, -1, 1) * bandwidth / 2
+    pre = torch.full((latents,), -9.0)
+    pre[::every] = (edge * (1 + torch.randint(-4, 5, (latents,)) * 2**-24))[::every]
+    with torch.no_grad():
+        sae.b_enc.copy_(pre)
+    grad = torch.empty(latents)
+    jumprelu_step(
+        sae,
+        (torch.ones(1, 1), torch.zeros(1, 1)),
+        threshold=theta,
+        threshold_grad=grad,
+        sparsity=SparsityTerm(1.0),
+        bandwidth=bandwidth,
+        workspace=StepWorkspace(sae),
+    )
+    inside = (pre - theta).abs() < bandwidth / 2
+    assert 0.2 < inside.double().mean() * every < 0.8
+    assert torch.equal(grad != 0, inside)
+
+
 @pytest.mark.parametrize("density", ["sparse", "dense"])
 def test_a_row_that_is_not_finite_reaches_the_loss(density):
     for value in (float("nan"), float("inf")):
