@@ -104,7 +104,7 @@ def test_the_order_of_the_rows_is_the_run_s(store):
     run = trainer.run(store, progress=False)
     next(run)
     update = trainer._learners[0].update
-    trainer._learners[0].update = lambda x, y: (seen.append(x), update(x, y))[1]
+    trainer._learners[0].update = lambda x, y: (seen.append(x.clone()), update(x, y))[1]
     list(run)
     reader.next()
     assert all(torch.equal(x, reader.next()[A]) for x in seen)
@@ -142,7 +142,7 @@ def test_several_dictionaries_read_each_batch_once(store, monkeypatch):
     def counted(self, sites, *, size, seed=0):
         reader = read(self, sites, size=size, seed=seed)
         following = reader.next
-        reader.next = lambda: (taken.append((tuple(sites), size)), following())[1]
+        reader.next = lambda into=None: (taken.append((tuple(sites), size)), following(into))[1]
         return reader
 
     monkeypatch.setattr(type(store), "reader", counted)
@@ -185,7 +185,7 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(store, tmp_path):
     assert_same(weights(whole), weights(resumed))
     assert_same(weights(whole), weights(Trainer.resume(killed)))
     assert finish(Trainer.resume(killed), store) == []
-    states = [{name: t for name, t in checkpoint_tensors(folder).items()} for folder in (killed, tmp_path / "whole")]
+    states = [checkpoint_tensors(folder) for folder in (killed, tmp_path / "whole")]
     assert_same(states[:1], states[1:])  # optimisers, dead counters and readers too
 
 
@@ -321,7 +321,10 @@ def test_the_log_is_one_line_a_result(store, tmp_path):
 
 def test_numbers_that_are_not_finite_are_valid_json(tmp_path):
     """Rows that are all the same have no variance, so their FVU is infinite."""
-    finish(Trainer(dataclasses.replace(CFG, steps=2, lr_decay=0, lr_warmup=1, sparsity_warmup=1), folder=tmp_path), store_of(40, a=torch.ones(40, 8)))
+    finish(
+        Trainer(dataclasses.replace(CFG, steps=2, lr_decay=0, lr_warmup=1, sparsity_warmup=1), folder=tmp_path),
+        store_of(40, a=torch.ones(40, 8)),
+    )
     for line in (tmp_path / "log.jsonl").read_text().splitlines():
         assert json.loads(line, parse_constant=pytest.fail)["fvu"] == "Infinity"
     assert [r.fvu for r in read_log(tmp_path / "log.jsonl")] == [math.inf, math.inf]
@@ -371,7 +374,9 @@ def test_a_loss_or_a_weight_that_is_not_finite(store, tmp_path):
     next(run)
     for state in trainer._learners[0].adam.state.values():
         state["exp_avg_sq"].fill_(torch.inf)
-    with pytest.raises(ValueError, match=r"adam\.W_enc\.exp_avg_sq of 0_res.* is not finite after step 3; lower.*whole"):
+    with pytest.raises(
+        ValueError, match=r"adam\.W_enc\.exp_avg_sq of 0_res.* is not finite after step 3; lower.*whole"
+    ):
         next(run)
     assert sorted(checkpoints(tmp_path)) == [0]
 
@@ -434,23 +439,6 @@ def test_a_run_too_short_for_its_thresholds_warns_once(store):
     with pytest.warns(UserWarning, match="change log.threshold. by") as noted:
         finish(Trainer(cfg), store)
     assert len(noted) == 1
-
-
-def test_a_planted_dictionary_is_recovered():
-    """Rows made of two of 24 planted directions on average, in 16 dimensions: training finds them all."""
-    planted = torch.nn.functional.normalize(torch.randn(24, 16), dim=1)
-    codes = (torch.rand(20_000, 24) < 0.08) * (1 + torch.rand(20_000, 24))
-    data = store_of(20_000, a=codes @ planted)
-    cfg = TrainConfig(
-        hook_in=A, hook_out=A, width=48, sparsity=0.05, steps=1000, batch_size=256, learning_rate=1e-2, lr_warmup=50,
-        lr_decay=500, sparsity_warmup=200, bandwidth=0.05, threshold_init=0.02, threshold="direct",
-    )  # fmt: skip
-    trainer = Trainer(cfg)
-    results = finish(trainer, data)
-    cosine = (trainer.result()[0].W_dec.detach() @ planted.T).max(0).values
-    assert cosine.min() > 0.95
-    assert results[-1].fvu < 0.1
-    assert results[-1].l0 == pytest.approx((codes > 0).sum(1).float().mean().item(), rel=0.25)
 
 
 def test_a_run_in_another_thread(store, tmp_path):

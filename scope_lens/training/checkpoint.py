@@ -3,8 +3,8 @@
     folder/checkpoint_000001000.safetensors     tensors of every learner and reader; the header describes the run
     folder/log.jsonl                            one line a result (`scope_lens.training.log`)
 
-1. A checkpoint is written into a neighbour, forced to the disk, and takes its name when it is whole.
-2. Only then are those removed that are older than the last `keep`, and what a killed writer left.
+1. A checkpoint is written into `folder/checkpoint.part/`, forced to the disk, and moved to its name when it is whole.
+2. Only then are those removed that are older than the last `keep`. The next writer removes what a killed one left.
 3. The header holds a checksum of the tensors, so a file that was cut or changed later is known as damaged. Nothing
    falls back to an older checkpoint by itself: the error names those that are whole.
 """
@@ -12,6 +12,7 @@
 import json
 import os
 import re
+import shutil
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -24,9 +25,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from scope_lens.training.config import TrainConfig
-from scope_lens.whole_file import whole_file
 
-_NAME = re.compile(r"checkpoint_(\d{9,})\.safetensors(\.part)?")
+_NAME = re.compile(r"checkpoint_(\d{9,})\.safetensors")
+_UNFINISHED = "checkpoint.part"
 _HEADER = "scope_lens_run"
 
 
@@ -51,7 +52,7 @@ class Checkpoint(NamedTuple):
 def checkpoints(folder: str | Path) -> dict[int, Path]:
     """List the checkpoints in a folder by the number of updates, ascending; empty where there is no run."""
     found = ((_NAME.fullmatch(path.name), path) for path in Path(folder).glob("checkpoint_*"))
-    return dict(sorted((int(match[1]), path) for match, path in found if match and not match[2]))
+    return dict(sorted((int(match[1]), path) for match, path in found if match))
 
 
 def write_checkpoint(
@@ -72,20 +73,26 @@ def write_checkpoint(
     path = folder / f"checkpoint_{step:09d}.safetensors"
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     described = json.dumps({**header, "step": step, "checksum": _checksum(state)})
+    # A folder, because safetensors writes through a temporary file of a random name, which a kill would leave behind.
+    unfinished = folder / _UNFINISHED
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as part:
-            save_file(state, part, metadata={_HEADER: described})
-            with part.open("rb") as written:
-                os.fsync(written.fileno())
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        part = unfinished / path.name
+        save_file(state, part, metadata={_HEADER: described})
+        with part.open("rb") as written:
+            os.fsync(written.fileno())
+        part.replace(path)
     except (OSError, SafetensorError) as error:
         kept = ", ".join(older.name for older in checkpoints(folder).values()) or "none"
         raise OSError(
             f"{path} could not be written ({error}). Earlier checkpoints are whole: {kept}. Make room, then go on with "
             f"Trainer.resume({str(folder)!r})."
         ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     older = [there for number, there in checkpoints(folder).items() if number <= step]
-    for stale in (*older[:-keep], *(f for f in folder.glob("checkpoint_*.part") if _NAME.fullmatch(f.name))):
+    for stale in older[:-keep]:
         stale.unlink(missing_ok=True)
     return path
 

@@ -10,7 +10,8 @@ Such a dictionary is saved natively only, and its record says why.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,25 +106,22 @@ def save_suite(
 
     Args:
         saes: What `Trainer.result` gave.
-        folder: Of the suite; created if missing. A dictionary with the same path in it is replaced.
+        folder: Of the suite; created if missing. What it holds at the same path is replaced. Of several dictionaries
+            that agree in site, layer, width and rounded L0 the second goes below `twin_2/`, and so on.
         on: What the L0 is measured on: rows of the store, or held-out text.
         rows: Most rows of a store to measure on.
 
     Returns:
         A record of each dictionary.
-
-    Raises:
-        ValueError: Two dictionaries have one path, since they agree in site, layer, width and rounded L0. Nothing is
-            written then.
     """
     measured = [measure_l0(sae, on=on, rows=rows) for sae in saes]
-    paths = [_path(sae, l0.average_l0) for sae, l0 in zip(saes, measured, strict=True)]
-    if twice := {path for path in paths if paths.count(path) > 1}:
-        raise ValueError(
-            f"Several dictionaries would be {sorted(twice)} of {folder}, since their rounded L0 is the same. Save them "
-            "into folders of their own."
-        )
-    return list(_save(saes, measured, paths, Path(folder)))
+    times: Counter[str] = Counter()
+    saved: list[Saved] = []
+    for sae, l0 in zip(saes, measured, strict=True):
+        path = _path(sae, l0.average_l0)
+        times[path] += 1
+        saved.append(_save(sae, l0, path if times[path] == 1 else f"twin_{times[path]}/{path}", Path(folder)))
+    return saved
 
 
 def measure_l0(sae: HookedSAE, *, on: ActivationStore | HeldOut, rows: int = 100_000) -> MeasuredL0:
@@ -152,22 +150,19 @@ def measure_l0(sae: HookedSAE, *, on: ActivationStore | HeldOut, rows: int = 100
     return MeasuredL0(active / counted, f"{counted:,} rows of the activation store {on.manifest.source}")
 
 
-def _save(
-    saes: Sequence[HookedSAE], measured: Sequence[MeasuredL0], paths: Sequence[str], folder: Path
-) -> Iterator[Saved]:
-    for sae, l0, path in zip(saes, measured, paths, strict=True):
-        own = folder / path
-        named = HookedSAE.from_tensors(replace(sae.cfg, path=path), sae.state_dict(), source=path)
-        named.save(own)
-        reason = _unfit(sae) or _unplaced(sae)
-        if reason:
-            (own / FILE_NAME).unlink(missing_ok=True)
-        else:
-            save_gemma_scope(sae, own)
-        record = {**l0._asdict(), "native_only": reason, "config": asdict(named.cfg)}
-        with whole_file(own / "measured.json") as part:
-            part.write_text(json.dumps(record, indent=2) + "\n")
-        yield Saved(own, l0, reason)
+def _save(sae: HookedSAE, l0: MeasuredL0, path: str, folder: Path) -> Saved:
+    own = folder / path
+    named = HookedSAE.from_tensors(replace(sae.cfg, path=path), sae.state_dict(), source=path)
+    named.save(own)
+    reason = _unfit(sae) or _unplaced(sae)
+    if reason:
+        (own / FILE_NAME).unlink(missing_ok=True)
+    else:
+        save_gemma_scope(sae, own)
+    record = {**l0._asdict(), "native_only": reason, "config": asdict(named.cfg)}
+    with whole_file(own / "measured.json") as part:
+        part.write_text(json.dumps(record, indent=2) + "\n")
+    return Saved(own, l0, reason)
 
 
 def _path(sae: HookedSAE, l0: float) -> str:

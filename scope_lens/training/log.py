@@ -7,6 +7,7 @@ other two are imported when they are made, and given to `Trainer(log=...)`:
     Trainer(configs, folder=folder, log=[TensorboardLog(folder / "tensorboard")])
 """
 
+import errno
 import json
 import math
 from collections.abc import Callable
@@ -25,7 +26,7 @@ Log = Callable[[StepResult], None]
 
 
 class JsonLog:
-    """Appends one line a result to a file, and flushes it.
+    """Appends one line a result to a file, unbuffered.
 
     Args:
         path: The file.
@@ -47,12 +48,16 @@ class JsonLog:
                 "gone. Put the file back, or go on from a copy of the folder that has it."
             )
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab")
+        self._file = path.open("ab", buffering=0)
         self._file.truncate(size)
         self.size = size
 
     def __call__(self, result: StepResult, /) -> None:
-        """Append one line."""
+        """Append one line.
+
+        Raises:
+            OSError: The disk is full or cannot be written.
+        """
         fields = asdict(result)
         if result.evaluation is None:
             del fields["evaluation"]
@@ -63,8 +68,15 @@ class JsonLog:
             if not math.isfinite(fields[name]):
                 fields[name] = json.dumps(fields[name])
         line = json.dumps(fields, allow_nan=False).encode() + b"\n"
-        self._file.write(line)
-        self._file.flush()
+        try:
+            written = self._file.write(line)
+            if written < len(line):
+                raise OSError(errno.ENOSPC, f"no space left, {written} of {len(line)} bytes fit")  # noqa: TRY301
+        except OSError as error:
+            raise OSError(
+                f"{self._file.name} could not be written ({error}). The last checkpoint is whole: make room, then go "
+                "on with Trainer.resume."
+            ) from error
         self.size += len(line)
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from scope_lens.training.config import TrainConfig
 from scope_lens.training.reader import RowReader
 from scope_lens.training.store import ActivationStore
+from scope_lens.training.transfer import to_device
 
 
 class Batch:
@@ -55,10 +56,12 @@ class Group:
         self.batch_size = batch_size
         self.members = members
         self.reader = reader
+        self._latest: dict[str, Tensor] | None = None
 
     def next(self, device: torch.device) -> Batch:
-        """Read the next batch and move it."""
-        return Batch({site: rows.to(device, non_blocking=True) for site, rows in self.reader.next().items()})
+        """Read the next batch and move it; on the store's device it overwrites the one before."""
+        self._latest = self.reader.next(self._latest)
+        return Batch({site: to_device(rows, device) for site, rows in self._latest.items()})
 
 
 def groups_of(configs: Sequence[TrainConfig], store: ActivationStore, *, seed: int) -> list[Group]:

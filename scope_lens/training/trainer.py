@@ -102,9 +102,8 @@ class Trainer:
         self.log = tuple(log)
         self.folder = None if folder is None else Path(folder)
         if self.folder is not None and checkpoints(self.folder):
-            _refuse_others(
-                self.folder, [TrainConfig(**c) for c in read_checkpoint(self.folder).header["configs"]], self
-            )
+            there = [config_of(fields) for fields in read_checkpoint(self.folder).header["configs"]]
+            _refuse_others(self.folder, there, self)
             raise FileExistsError(
                 f"{self.folder} holds a run of these configs already; take it up with "
                 f"Trainer.resume({str(self.folder)!r}), or choose another folder."
