@@ -152,14 +152,24 @@ ARMS = {
 # ---- stages ----
 
 
-def make_rows(work: Path, corpus: Path) -> None:
-    if (work / "rows.npy").exists():
-        return
-    model, documents = demo.load_model(), corpus.read_text(encoding="utf-8").removesuffix(SEPARATOR).split(SEPARATOR)
-    for name, text, rows in (("held_out", demo.text(), HELD_OUT), ("rows", documents, ROWS)):
-        store = ActivationStore.harvest(model, text, sites=SITE, rows=rows, dtype=torch.float32)
-        np.save(work / f"{name}.part.npy", np.concatenate([x.numpy() for (x,) in store.batches(SITE, size=65_536)]))
-        (work / f"{name}.part.npy").replace(work / f"{name}.npy")
+def make_rows(work: Path, corpus: Path, store: Path | None) -> None:
+    if not (work / "rows.npy").exists():
+        if store is None:
+            documents = corpus.read_text(encoding="utf-8").removesuffix(SEPARATOR).split(SEPARATOR)
+            harvested = ActivationStore.harvest(demo.load_model(), documents, sites=SITE, rows=ROWS)
+        else:
+            harvested = ActivationStore.open(store)
+        reader = harvested.reader([SITE], size=ROWS, seed=0)
+        save(work / "rows.npy", reader.next()[SITE])
+    if not (work / "held_out.npy").exists():
+        harvested = ActivationStore.harvest(demo.load_model(), demo.text(), sites=SITE, rows=HELD_OUT)
+        save(work / "held_out.npy", harvested.reader([SITE], size=HELD_OUT, seed=0).next()[SITE])
+
+
+def save(file: Path, rows: torch.Tensor) -> None:
+    part = file.with_suffix(".part.npy")
+    np.save(part, rows.numpy())
+    part.replace(file)
 
 
 def tune(work: Path, pythons: dict[str, str]) -> None:
@@ -287,7 +297,7 @@ def comparisons(points: dict[str, list[dict]]) -> Iterator[tuple[str, str, list[
 # ---- report ----
 
 
-def report(work: Path, pythons: dict[str, str], chromium: str, corpus: Path) -> None:
+def report(work: Path, pythons: dict[str, str], chromium: str, source: Path) -> None:
     held_out = torch.from_numpy(np.load(work / "held_out.npy")).double()
     points = {name: [] for name in ARMS}
     tuned = {name: [] for name in ARMS}
@@ -303,7 +313,7 @@ def report(work: Path, pythons: dict[str, str], chromium: str, corpus: Path) -> 
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{cpu_name()}, one thread",
         "versions": {package: versions(python) for package, python in pythons.items()},
-        "site": SITE, "rows": ROWS, "held_out_rows": len(held_out), "corpus": corpus.name,
+        "site": SITE, "rows": ROWS, "held_out_rows": len(held_out), "source": source.name,
         "width": WIDTH, "batch_size": BATCH, "steps": STEPS,
     }  # fmt: skip
     ratios = {f"{own} / {peer}": found for own, peer, found in comparisons(points)}
@@ -334,7 +344,7 @@ date: {where["date"]} · machine: {where["machine"]} · {", ".join(packages)}
 Command: `python tests/benchmarks/bench_training_peers.py all --work <folder> --sae-lens <python>
 --dictionary-learning <python>`
 
-Rows of `{SITE}` of the embedded model, {where["rows"]:,} for training (`{where["corpus"]}`) and
+Rows of `{SITE}` of the embedded model, {where["rows"]:,} for training (`{where["source"]}`) and
 {where["held_out_rows"]:,} of the hold-out text. All arms see the same rows in the same order: {STEPS:,} steps of
 {BATCH:,} rows, {WIDTH:,} latents, float32. L0 and FVU are those of the inference form on the held-out rows, computed by
 one function in float64; FVU is relative to the rows' mean.
@@ -456,6 +466,7 @@ def main() -> None:
     parser.add_argument(
         "--corpus", type=Path, default=ROOT.parent / "shared" / "data" / "corpora" / "tinystories_train.txt"
     )
+    parser.add_argument("--store", type=Path, help="a store that holds the site, in place of a harvest of the corpus")
     parser.add_argument("--chromium", default=shutil.which("chromium") or "chromium")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -466,11 +477,11 @@ def main() -> None:
         "dictionary_learning": given.dictionary_learning,
     }
     stages = {
-        "rows": lambda: make_rows(given.work, given.corpus),
+        "rows": lambda: make_rows(given.work, given.corpus, given.store),
         "tune": lambda: tune(given.work, pythons),
         "train": lambda: train(given.work, pythons),
         "speed": lambda: speed(given.work, pythons),
-        "report": lambda: report(given.work, pythons, given.chromium, given.corpus),
+        "report": lambda: report(given.work, pythons, given.chromium, given.store or given.corpus),
     }
     for stage, work in stages.items():
         if given.stage in (stage, "all"):

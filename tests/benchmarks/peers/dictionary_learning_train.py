@@ -33,7 +33,9 @@ def make(plan: dict, run: dict, first: Tensor) -> Arm:
 
     def export() -> dict[str, np.ndarray]:
         trainer.ae.scale_biases(scale)
-        return {name: value.detach().numpy() for name, value in trainer.ae.state_dict().items()}
+        arrays = {name: value.detach().numpy() for name, value in trainer.ae.state_dict().items()}
+        # Its encoder has a ReLU behind the jump, so that a threshold below zero is one of zero.
+        return arrays | {"threshold": arrays["threshold"].clip(min=0)}
 
     return Arm(step, export, trainer.ae)
 
