@@ -12,7 +12,7 @@ store. The order follows from the seed, the number of the pass and the store, ne
 readers of one site and of many give the same rows.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -21,14 +21,11 @@ from torch import Tensor
 
 from scope_lens.training.corpus import Origin
 from scope_lens.training.seeds import generator
-from scope_lens.training.transfer import take_rows
-from scope_lens.training.zarr_rows import CHUNK_ROWS, ORIGIN, ZarrRows
+from scope_lens.training.windows import Rows, Window
+from scope_lens.training.zarr_rows import CHUNK_ROWS
 
 _WINDOW_BLOCKS = 16
 _WINDOW_BYTES = 1 << 30  # of all sites of the store, more or less
-
-# Numbers of some rows of a window, and where the rows of each site are to be written.
-Take = Callable[[Int[Tensor, " row"], Mapping[str, Float[Tensor, "row _"]]], None]
 
 
 def by_site(names: Mapping[str, str], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -78,114 +75,20 @@ class Source(Protocol):
         ...
 
 
-@runtime_checkable
-class Rows(Protocol):
-    """Where the rows of a finished store lie."""
-
-    def window(self, sites: Sequence[str], spans: Sequence[tuple[int, int]]) -> Take:
-        """Begin to fetch these spans of rows (first, end); rows are numbered through them."""
-        ...
-
-    def empty(self, site: str, size: int) -> Float[Tensor, "size _"]:
-        """Make room for rows of a site in float32, on the device they come from."""
-        ...
-
-    def origin(self, numbers: Int[Tensor, " row"]) -> Origin:
-        """Say where rows came from."""
-        ...
-
-    def population(self) -> Origin:
-        """Say where all rows came from."""
-        ...
-
-
-class MemoryRows:
-    """Rows in memory.
-
-    Args:
-        arrays: One of shape (rows, width) for each site.
-        origin: Where each row came from.
-    """
-
-    def __init__(self, arrays: Mapping[str, Float[Tensor, "rows _"]], origin: Origin) -> None:
-        self._arrays, self._origin = dict(arrays), origin
-
-    def window(self, sites: Sequence[str], spans: Sequence[tuple[int, int]]) -> Take:
-        """Number the rows; nothing is copied."""
-        numbers = torch.cat([torch.arange(first, end) for first, end in spans])
-
-        def take(rows: Tensor, out: Mapping[str, Tensor]) -> None:
-            for site in sites:
-                take_rows(self._arrays[site], numbers[rows], out=out[site])
-
-        return take
-
-    def empty(self, site: str, size: int) -> Float[Tensor, "size _"]:
-        """Make room for rows of a site in float32."""
-        array = self._arrays[site]
-        return torch.empty(size, array.shape[1], device=array.device)
-
-    def origin(self, numbers: Int[Tensor, " row"]) -> Origin:
-        """Say where rows came from."""
-        return Origin(*(column[numbers] for column in self._origin))
-
-    def population(self) -> Origin:
-        """Say where all rows came from."""
-        return self._origin
-
-
-class DiskRows:
-    """Rows in a folder.
-
-    Args:
-        arrays: As `zarr_rows.arrays_of` gives them.
-    """
-
-    def __init__(self, arrays: Mapping[str, ZarrRows]) -> None:
-        self._arrays = arrays
-
-    def window(self, sites: Sequence[str], spans: Sequence[tuple[int, int]]) -> Take:
-        """Begin to read; the first take waits for the rows."""
-        readings = {site: self._arrays[site].read(spans) for site in sites}
-
-        def take(rows: Tensor, out: Mapping[str, Tensor]) -> None:
-            for site, reading in readings.items():
-                take_rows(reading.result(), rows, out=out[site])
-
-        return take
-
-    def empty(self, site: str, size: int) -> Float[Tensor, "size _"]:
-        """Make room for rows of a site in float32."""
-        return torch.empty(size, self._arrays[site].width)
-
-    def origin(self, numbers: Int[Tensor, " row"]) -> Origin:
-        """Say where rows came from."""
-        return Origin(*(self._arrays[name].gather(numbers).long() for name in ORIGIN))
-
-    def population(self) -> Origin:
-        """Say where all rows came from."""
-        whole = [(0, len(self._arrays[ORIGIN[0]]))]
-        return Origin(*(self._arrays[name].read(whole).result().long() for name in ORIGIN))
-
-
-class _Window(NamedTuple):
+class _Open(NamedTuple):
     """A window that is being consumed.
 
     Attributes:
         first: Number of its first row in the pass.
-        spans: Its blocks.
         order: Its rows, shuffled.
-        take: Fetches rows.
+        numbers: Their numbers in the store.
+        window: Its rows.
     """
 
     first: int
-    spans: tuple[tuple[int, int], ...]
     order: Int[Tensor, " row"]
-    take: Take
-
-    def numbers(self, at: Int[Tensor, " row"]) -> Int[Tensor, " row"]:
-        """Row numbers in the store."""
-        return torch.cat([torch.arange(first, end) for first, end in self.spans])[self.order[at]]
+    numbers: Int[Tensor, " row"]
+    window: Window
 
 
 class Pass:
@@ -198,11 +101,22 @@ class Pass:
         seed: Of all passes.
         number: Which pass.
         row_bytes: Of a row of all sites of the store.
+        spare: Memory of windows that were closed; taken from and added to.
     """
 
-    def __init__(self, rows: Rows, total: int, *, sites: Sequence[str], seed: int, number: int, row_bytes: int) -> None:
+    def __init__(
+        self,
+        rows: Rows,
+        total: int,
+        *,
+        sites: Sequence[str],
+        seed: int,
+        number: int,
+        row_bytes: int,
+        spare: list[dict[str, Tensor]],
+    ) -> None:
         self.number = number
-        self._rows, self._sites = rows, sites
+        self._rows, self._sites, self._spare = rows, sites, spare
         self._seed = (seed, number)
         blocks = [(first, min(first + CHUNK_ROWS, total)) for first in range(0, total, CHUNK_ROWS)]
         order = torch.randperm(len(blocks), generator=generator(*self._seed))
@@ -211,7 +125,7 @@ class Pass:
         self._spans = [tuple(shuffled[i : i + size]) for i in range(0, len(shuffled), size)]
         sizes = torch.tensor([sum(end - first for first, end in spans) for spans in self._spans])
         self._ends = sizes.cumsum(0).tolist()
-        self._open: dict[int, _Window] = {}
+        self._open: dict[int, _Open] = {}
 
     def take(self, start: int, end: int, *, out: Mapping[str, Float[Tensor, "row _"]]) -> Int[Tensor, " row"]:
         """Write the rows number `start` to `end` of the pass into `out`, and give their numbers in the store."""
@@ -219,26 +133,34 @@ class Pass:
         index = next(i for i, stop in enumerate(self._ends) if start < stop)
         at = start
         while at < end:
-            window = self._window(index)
+            opened = self._window(index)
             stop = min(end, self._ends[index])
-            order = torch.arange(at - window.first, stop - window.first)
-            window.take(window.order[order], {site: rows[at - start : stop - start] for site, rows in out.items()})
-            numbers.append(window.numbers(order))
+            part = slice(at - opened.first, stop - opened.first)
+            opened.window.take(
+                opened.order[part], {site: rows[at - start : stop - start] for site, rows in out.items()}
+            )
+            numbers.append(opened.numbers[part])
             at, index = stop, index + 1
         return torch.cat(numbers)
 
-    def _window(self, index: int) -> _Window:
+    def close(self) -> None:
+        """Give back the memory of the windows that are open."""
+        for number in list(self._open):
+            self._spare.append(self._open.pop(number).window.close())
+
+    def _window(self, index: int) -> _Open:
+        for number in [number for number in self._open if number < index]:
+            self._spare.append(self._open.pop(number).window.close())
         for number in (index, index + 1):
             if number not in self._open and number < len(self._spans):
-                first = self._ends[number - 1] if number else 0
-                self._open[number] = _Window(
+                first, spans = (self._ends[number - 1] if number else 0), self._spans[number]
+                order = torch.randperm(self._ends[number] - first, generator=generator(*self._seed, number))
+                self._open[number] = _Open(
                     first=first,
-                    spans=self._spans[number],
-                    order=torch.randperm(self._ends[number] - first, generator=generator(*self._seed, number)),
-                    take=self._rows.window(self._sites, self._spans[number]),
+                    order=order,
+                    numbers=torch.cat([torch.arange(begin, end) for begin, end in spans])[order],
+                    window=self._rows.window(self._sites, spans, spare=self._spare.pop() if self._spare else None),
                 )
-        for number in [number for number in self._open if number < index]:
-            del self._open[number]
         return self._open[index]
 
 
@@ -260,7 +182,7 @@ class Finished:
 
     def one_pass(self, names: Mapping[str, str], *, size: int, seed: int) -> Iterator[dict[str, Float[Tensor, "_ _"]]]:
         """Read every row once; the last batch may have fewer."""
-        rows = self.begin(names, seed=seed, number=0)
+        rows = self.begin(names, seed=seed, number=0, spare=[])
         for start in range(0, self.total, size):
             end = min(start + size, self.total)
             batch = self.empty(names, end - start)
@@ -280,10 +202,17 @@ class Finished:
         rooms = {site: self._rows.empty(site, size) for site in set(names.values())}
         return {name: rooms[site] for name, site in names.items()}
 
-    def begin(self, names: Mapping[str, str], *, seed: int, number: int) -> Pass:
-        """Begin pass `number`."""
-        sites = tuple(dict.fromkeys(names.values()))
-        return Pass(self._rows, self.total, sites=sites, seed=seed, number=number, row_bytes=self._row_bytes)
+    def begin(self, names: Mapping[str, str], *, seed: int, number: int, spare: list[dict[str, Tensor]]) -> Pass:
+        """Begin pass `number`, with the memory that an earlier one left."""
+        return Pass(
+            self._rows,
+            self.total,
+            sites=tuple(dict.fromkeys(names.values())),
+            seed=seed,
+            number=number,
+            row_bytes=self._row_bytes,
+            spare=spare,
+        )
 
 
 class _PassReader:
@@ -301,13 +230,15 @@ class _PassReader:
         self._in_pass = source.total // size
         self._batches = 0
         self._pass: Pass | None = None
+        self._spare: list[dict[str, Tensor]] = []
         self._numbers = torch.empty(0, dtype=torch.long)
 
     def next(self, into: Mapping[str, Float[Tensor, "size _"]] | None = None) -> dict[str, Float[Tensor, "size _"]]:
         """Give the next batch in float32, by the names the sites were asked for; see `RowReader`."""
         number, index = divmod(self._batches, self._in_pass)
         if self._pass is None or self._pass.number != number:
-            self._pass = self._source.begin(self._names, seed=self._seed, number=number)
+            self._close()
+            self._pass = self._source.begin(self._names, seed=self._seed, number=number, spare=self._spare)
         batch = self._source.empty(self._names, self._size) if into is None else dict(into)
         self._numbers = self._pass.take(index * self._size, (index + 1) * self._size, out=by_site(self._names, batch))
         self._batches += 1
@@ -323,4 +254,10 @@ class _PassReader:
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on behind that many batches."""
-        self._batches, self._pass = int(state["batches"]), None
+        self._close()
+        self._batches = int(state["batches"])
+
+    def _close(self) -> None:
+        if self._pass is not None:
+            self._pass.close()
+            self._pass = None

@@ -27,8 +27,9 @@ from scope_lens.training.harvest import Harvest, harvest_memory, square_sum
 from scope_lens.training.harvest_folder import harvest_folder, read_documents
 from scope_lens.training.manifest import DTYPES, StoreManifest, source_of, tokenizer_hash
 from scope_lens.training.mixing import Mixing, measure_mixing
-from scope_lens.training.reader import DiskRows, Finished, MemoryRows, RowReader, Rows, Source
+from scope_lens.training.reader import Finished, RowReader, Source
 from scope_lens.training.stream import Stream
+from scope_lens.training.windows import DiskRows, MemoryRows, Rows
 from scope_lens.training.zarr_rows import arrays_of, check_whole
 
 Batch = tuple[Float[Tensor, "batch d"], ...]

@@ -66,17 +66,25 @@ class ZarrRows:
         """Write rows from number `first` on; whole shards, but for the last rows of the array."""
         self._store[first : first + len(rows)].write(_numpy(rows)).result()
 
-    def read(self, spans: Sequence[tuple[int, int]]) -> "Reading":
-        """Begin to read these spans of rows (first, end), one behind the other."""
+    def read(self, spans: Sequence[tuple[int, int]], *, into: Shaped[Tensor, "more *width"] | None = None) -> "Reading":
+        """Begin to read these spans of rows (first, end), one behind the other.
+
+        Args:
+            spans: Runs of rows.
+            into: Memory to read into; ignored where it is too small. None takes new memory, and mapping that in costs
+                more than the reading.
+        """
         total = sum(end - first for first, end in spans)
-        rows = torch.empty(total, *self._store.shape[1:], dtype=self._dtype)
+        if into is None or len(into) < total:
+            into = torch.empty(total, *self._store.shape[1:], dtype=self._dtype)
+        rows = into[:total]
         target, pending, at = ts.array(_numpy(rows)), list[Any](), 0
         for first, end in spans:
             corner = (at,) + (0,) * (rows.ndim - 1)
             source = self._store[first:end].translate_to[corner]
             pending.append(target[at : at + end - first].write(source))
             at += end - first
-        return Reading(rows, pending, self.path)
+        return Reading(rows, pending, self.path, into)
 
     def gather(self, numbers: Shaped[Tensor, " row"]) -> Shaped[Tensor, "row *width"]:
         """Read single rows by their numbers, far slower than spans."""
@@ -91,10 +99,17 @@ class Reading:
         rows: Where they will lie.
         pending: What is to be waited for.
         path: Of the array, for errors.
+        memory: Of which the rows are the first.
     """
 
-    def __init__(self, rows: Shaped[Tensor, "row *width"], pending: Sequence[Any], path: Path) -> None:
-        self._rows, self._pending, self._path = rows, pending, path
+    def __init__(
+        self,
+        rows: Shaped[Tensor, "row *width"],
+        pending: Sequence[Any],
+        path: Path,
+        memory: Shaped[Tensor, "more *width"],
+    ) -> None:
+        self._rows, self._pending, self._path, self._memory = rows, pending, path, memory
 
     def result(self) -> Shaped[Tensor, "row *width"]:
         """Wait for the rows.
@@ -109,6 +124,12 @@ class Reading:
             raise ValueError(f"{self._path} is damaged ({_first_line(error)}); harvest again.") from None
         self._pending = ()
         return self._rows
+
+    def memory(self) -> Shaped[Tensor, "more *width"]:
+        """Wait until nothing is written any more, and give the memory back."""
+        for future in self._pending:
+            future.exception()
+        return self._memory
 
 
 def make_group(folder: Path) -> None:
