@@ -1,5 +1,6 @@
 """Training: one harvest of activations, any number of dictionaries, Gemma Scope's recipe."""
 
+from scope_lens.training.chat import wrap_in_chat as wrap_in_chat
 from scope_lens.training.checkpoint import checkpoints as checkpoints
 from scope_lens.training.config import TrainConfig as TrainConfig
 from scope_lens.training.export import Saved as Saved
