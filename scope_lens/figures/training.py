@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from scope_lens.evaluation import EvalResult
-from scope_lens.figures.axes import elide, linear_range, log_axis
+from scope_lens.figures.axes import linear_range, log_axis
 from scope_lens.training import StepResult, read_log
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
@@ -81,7 +81,7 @@ def training_curves(results: Sequence[StepResult] | str | Path) -> go.Figure:
                     y=[panel.value(r) for r in curve],
                     mode="lines+markers" if panel.held_out or len(curve) == 1 else "lines",
                     line={"color": _COLOURS[index % len(_COLOURS)], "width": 1.5},
-                    name=elide(name or str(index)),
+                    name=name or str(index),
                     legendgroup=str(index),
                     showlegend=number == 0,
                     hovertemplate=f"<b>{name}</b><br>update %{{x:,}}<br>%{{y:.4g}}<extra></extra>",
@@ -106,12 +106,12 @@ def training_curves(results: Sequence[StepResult] | str | Path) -> go.Figure:
             "subtitle": {"text": f"{last:,} updates; numbers of a batch are those before its update"},
             "x": 0.01,
         },
-        height=340 * rows + 120,
+        height=340 * rows + 190,
         width=1180,
-        legend={"orientation": "v", "x": 1.02, "y": 1},
+        legend={"orientation": "h", "x": 0, "y": -90 / (340 * rows), "yanchor": "top"},
         template="plotly_white",
         font={"family": "Helvetica, Arial, sans-serif", "size": 14, "color": "#222"},
-        margin={"t": 110, "r": 40, "l": 70, "b": 60},
+        margin={"t": 110, "r": 40, "l": 70, "b": 130},
     )
 
 
