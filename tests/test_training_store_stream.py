@@ -30,14 +30,14 @@ def test_every_row_of_a_pass_is_served_exactly_once(model, tokens):
     store = stream(model, tokens, sites=[RES], rows=200)
     reader, served = store.reader([RES], size=40), Counter()
     source, text = store._source, store._source._harvest.corpus
-    for _ in range(100):
+    for _ in range(60):
         reader.next()
         served.update(places(reader))
     reservoir = source._reservoir
     waiting = text.origin(reservoir._places[reservoir._slots(reservoir._served, reservoir.held)])
     counts = served + Counter(zip(waiting.doc.tolist(), waiting.pos.tolist(), strict=True))
     passes, sequences = source._pass, source._order[: source._sequence]
-    assert passes == 6
+    assert passes == 3
     assert 0 < len(sequences) < 60
     begun = set(sequences.tolist())
     kept = (tokens != 2) & (tokens != 1) & (tokens != 0)
@@ -91,17 +91,17 @@ def test_a_stream_goes_on_bit_for_bit(model, tokens, dtype):
         )
 
     reader = fresh()
-    for _ in range(25):  # into the second pass
+    for _ in range(18):  # the reservoir is in the second pass
         reader.next()
     state = {name: tensor.clone() for name, tensor in reader.state().items()}
-    expected = [reader.next() for _ in range(40)]
+    expected = [reader.next() for _ in range(15)]
     resumed = fresh()
     resumed.load_state(state)
     for batch in expected:
         found = resumed.next()
         assert all(torch.equal(found[site], batch[site]) for site in (RES, MLP))
     again = fresh()
-    for _ in range(25):
+    for _ in range(18):
         again.next()
     assert all(torch.equal(a, state[name]) for name, a in again.state().items())
 
@@ -131,18 +131,18 @@ def test_the_reservoir_is_refilled_in_place(model, tokens):
 def test_batches_are_mixed(model):
     """A reservoir of a third of the text, refilled sequence by sequence, against rows drawn at random from it."""
     store = stream(model, token_ids(200), sites=[RES], rows=700)
-    found = store.mixing(size=50, batches=60)
+    found = store.mixing(size=50, batches=30)
     of_a_third = 64 * (1 - (1 - 1 / 64) ** 50)  # distinct ones of 50 rows from 700 rows of 64 documents: 34.9
     assert of_a_third < found.documents < found.documents_shuffled
-    assert found.distance == pytest.approx(1, abs=0.05)
+    assert found.distance == pytest.approx(1, abs=0.07)
     reader, neighbours = store.reader([RES], size=50), []
-    for _ in range(60):
+    for _ in range(30):
         reader.next()
         key = torch.tensor([doc * 1_000 + pos for doc, pos in places(reader)])
         neighbours.append(int((key.sort().values.diff() == 1).sum()))
     # Rows of a batch that stood side by side in the text: of 50 from 700, 50 * 49 / 700 = 3.5 by chance.
-    assert sum(neighbours) / 60 == pytest.approx(3.5, abs=1.0)
-    whole = stream(model, token_ids(64), sites=[RES], rows=10**6).mixing(size=50, batches=60)
+    assert sum(neighbours) / 30 == pytest.approx(3.5, abs=1.4)
+    whole = stream(model, token_ids(64), sites=[RES], rows=10**6).mixing(size=50, batches=12)
     assert whole.documents_ratio == pytest.approx(1, abs=0.05)
 
 

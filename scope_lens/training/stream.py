@@ -24,6 +24,7 @@ from scope_lens.training.manifest import StoreManifest
 from scope_lens.training.reader import RowReader, by_site
 from scope_lens.training.reservoir import Reservoir
 from scope_lens.training.seeds import generator
+from scope_lens.training.transfer import empty_rows
 
 
 class Stream:
@@ -131,7 +132,8 @@ class Stream:
         """Make room for a batch."""
         arrays = self._reservoir.arrays
         rooms = {
-            site: torch.empty(size, arrays[site].shape[1], device=arrays[site].device) for site in set(names.values())
+            site: empty_rows((size, arrays[site].shape[1]), dtype=torch.float32, device=arrays[site].device)
+            for site in set(names.values())
         }
         return {name: rooms[site] for name, site in names.items()}
 

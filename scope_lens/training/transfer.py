@@ -20,6 +20,13 @@ def to_device(tensor: Shaped[Tensor, "*shape"], device: torch.device) -> Shaped[
     return tensor.to(device)
 
 
+def empty_rows(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Shaped[Tensor, "*shape"]:
+    """Make room for rows; on the CPU through NumPy, which asks for huge pages and so is mapped in far faster."""
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.empty((*shape, dtype.itemsize), dtype=np.uint8)).view(dtype).squeeze(-1)
+
+
 def put_rows(array: Float[Tensor, "slot d"], slots: Int[Tensor, " row"], rows: Float[Tensor, "row d"]) -> None:
     """Write rows to array[slots], for distinct slots.
 

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from scope_lens.training.corpus import Origin
-from scope_lens.training.transfer import take_rows
+from scope_lens.training.transfer import empty_rows, take_rows
 from scope_lens.training.zarr_rows import ORIGIN, Reading, ZarrRows
 
 
@@ -73,7 +73,7 @@ class MemoryRows:
     def empty(self, site: str, size: int) -> Float[Tensor, "size _"]:
         """Make room for rows of a site in float32."""
         array = self._arrays[site]
-        return torch.empty(size, array.shape[1], device=array.device)
+        return empty_rows((size, array.shape[1]), dtype=torch.float32, device=array.device)
 
     def origin(self, numbers: Int[Tensor, " row"]) -> Origin:
         """Say where rows came from."""
@@ -104,7 +104,7 @@ class DiskRows:
 
     def empty(self, site: str, size: int) -> Float[Tensor, "size _"]:
         """Make room for rows of a site in float32."""
-        return torch.empty(size, self._arrays[site].width)
+        return empty_rows((size, self._arrays[site].width), dtype=torch.float32, device=torch.device("cpu"))
 
     def origin(self, numbers: Int[Tensor, " row"]) -> Origin:
         """Say where rows came from."""

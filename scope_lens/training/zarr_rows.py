@@ -26,6 +26,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from scope_lens.training.manifest import write_json
+from scope_lens.training.transfer import empty_rows
 
 CHUNK_ROWS = 4_096
 SHARD_ROWS = 65_536
@@ -71,12 +72,11 @@ class ZarrRows:
 
         Args:
             spans: Runs of rows.
-            into: Memory to read into; ignored where it is too small. None takes new memory, and mapping that in costs
-                more than the reading.
+            into: Memory to read into; ignored where it is too small. None takes new memory.
         """
         total = sum(end - first for first, end in spans)
         if into is None or len(into) < total:
-            into = torch.empty(total, *self._store.shape[1:], dtype=self._dtype)
+            into = empty_rows((total, *self._store.shape[1:]), dtype=self._dtype, device=torch.device("cpu"))
         rows = into[:total]
         target, pending, at = ts.array(_numpy(rows)), list[Any](), 0
         for first, end in spans:

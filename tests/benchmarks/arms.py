@@ -18,17 +18,19 @@ import torch
 RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks"
 
 
-def interleaved(arms: dict[str, Callable[[], object]], *, rounds: int = 15) -> dict[str, list[float]]:
+def interleaved(
+    arms: dict[str, Callable[[], object]], *, rounds: int = 15, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of each arm in each round, after one round that does not count."""
     torch.set_num_threads(1)
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     with torch.no_grad():
         for turn in range(rounds + 1):
             for name, run in arms.items():
-                start = time.perf_counter()
+                start = clock()
                 run()
                 if turn:
-                    seconds[name].append(time.perf_counter() - start)
+                    seconds[name].append(clock() - start)
     return seconds
 
 
