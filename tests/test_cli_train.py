@@ -4,6 +4,7 @@ import dataclasses
 import os
 import re
 import signal
+import sys
 
 import pytest
 import torch
@@ -150,7 +151,8 @@ def test_held_out_text_is_evaluated(run, harvested, stories, tmp_path):
     last = read_log(tmp_path / "run" / "log.jsonl")[-1].evaluation
     assert shown.splitlines()[1].split()[4] == f"{last.delta_loss:.4f}"
     assert "L0 is of held-out text" in shown
-    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    (events,) = (tmp_path / "run" / "tensorboard").iterdir()
+    assert b"held_out/delta_loss" in events.read_bytes()
     code, _, err = run(*words, "--out", tmp_path / "other", "--held-out", stories)
     assert code == 1
     assert "20 of the held-out documents" in complaints(err)[0]
@@ -203,6 +205,15 @@ def test_bad_input_is_one_line(run, harvested, stories, tmp_path):
         assert len(complaints(err)) == 1
         assert error in complaints(err)[0]
     assert not checkpoints(tmp_path / "run3")
+
+
+def test_a_log_that_is_not_installed_is_one_line(run, harvested, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    code, _, err = run("train", "--store", harvested, "--out", tmp_path / "run", *TRAIN, "--wandb", "project")
+    assert code == 1
+    assert complaints(err) == [
+        "scope-lens: WandbLog needs wandb, which is not installed: pip install 'scope-lens[train]'."
+    ]
 
 
 def test_the_published_recipes_run(run, harvested, tmp_path):

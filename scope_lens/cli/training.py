@@ -11,8 +11,7 @@ from scope_lens.cli.inputs import ModelDtype, SiteName, documents, language_mode
 from scope_lens.cli.terminal import say, table
 
 if TYPE_CHECKING:
-    from scope_lens.training import HeldOut, Saved, StepResult, TrainConfig
-    from scope_lens.training.log import Log
+    from scope_lens.training import HeldOut, Saved, StepResult, TensorboardLog, TrainConfig, WandbLog
 
 Preset = Literal["short_run", "gemma_scope", "gemma_scope_it", "gemma_scope_2"]
 Kind = Literal["jumprelu", "topk", "batchtopk", "relu", "gated"]
@@ -195,6 +194,9 @@ def train(
             f"interrupted after step {trainer.step} of {max(cfg.steps for cfg in configs)}; the same command goes on "
             "from there"
         ) from None
+    finally:
+        for one in log:
+            one.close()
     from scope_lens.training import read_log, save_suite
 
     last = {result.index: result for result in read_log(out / "log.jsonl")}
@@ -250,14 +252,18 @@ def _held_out(stories: Sequence[str], *, model: str | None, dtype: ModelDtype, d
     return HeldOut(model=language_model(model, device=device, dtype=dtype), text=stories)
 
 
-def _logs(out: Path, *, tensorboard: bool, wandb: str | None) -> "list[Log]":
+def _logs(out: Path, *, tensorboard: bool, wandb: str | None) -> "list[TensorboardLog | WandbLog]":
     from scope_lens.training import TensorboardLog, WandbLog
 
-    logs: list[Log] = []
-    if tensorboard:
-        logs.append(TensorboardLog(out / "tensorboard"))
-    if wandb is not None:
-        logs.append(WandbLog(wandb, dir=str(out)))
+    logs: list[TensorboardLog | WandbLog] = []
+    try:
+        if tensorboard:
+            logs.append(TensorboardLog(out / "tensorboard"))
+        if wandb is not None:
+            out.mkdir(parents=True, exist_ok=True)  # wandb writes elsewhere where there is no such folder
+            logs.append(WandbLog(wandb, dir=str(out)))
+    except ImportError as error:
+        raise ValueError(str(error)) from None
     return logs
 
 

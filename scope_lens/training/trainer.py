@@ -103,7 +103,7 @@ class Trainer:
         self.folder = None if folder is None else Path(folder)
         if self.folder is not None and checkpoints(self.folder):
             there = [config_of(fields) for fields in read_checkpoint(self.folder).header["configs"]]
-            _refuse_others(self.folder, there, self)
+            _refuse_others(self.folder, there, self.configs)
             raise FileExistsError(
                 f"{self.folder} holds a run of these configs already; take it up with "
                 f"Trainer.resume({str(self.folder)!r}), or choose another folder."
@@ -174,7 +174,7 @@ class Trainer:
                 f"{error}). Resume it with the version that wrote it, or train anew."
             ) from None
         if configs is not None:
-            _refuse_others(folder, kept, cls(configs, device="cpu"))
+            _refuse_others(folder, kept, [configs] if isinstance(configs, TrainConfig) else configs)
         trainer.folder = folder
         return trainer
 
@@ -395,9 +395,8 @@ def _all_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(low) and torch.isfinite(high))
 
 
-def _refuse_others(folder: Path, kept: Sequence[TrainConfig], asked: Trainer) -> None:
-    found = differences(kept, asked.configs)
-    if found:
+def _refuse_others(folder: Path, kept: Sequence[TrainConfig], asked: Sequence[TrainConfig]) -> None:
+    if found := differences(kept, asked):
         raise ValueError(f"{folder} holds a run of other configs: {found}. Give the same, or choose another folder.")
 
 
