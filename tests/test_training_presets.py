@@ -42,13 +42,20 @@ RUNS = {
 }
 
 
+def number(value):
+    """A literal, or a product of powers of numbers."""
+    if re.fullmatch(r"[\d.e*/-]+", value):
+        return eval(value)  # noqa: S307
+    return ast.literal_eval(value)
+
+
 def table():
     """preset -> {setting: (value, source)} as the page lists them."""
     rows = re.findall(r"^\| `([^`]+)` \| `(\w+)` \| `([^`]+)` \| ([^|]+) \|", PAGE.read_text(), re.MULTILINE)
     listed = {}
     for preset, setting, value, source in rows:
         assert setting not in listed.setdefault(preset, {}), f"{preset}.{setting} is listed twice"
-        listed[preset][setting] = (ast.literal_eval(value), source.strip())
+        listed[preset][setting] = (number(value), source.strip())
     return listed
 
 
@@ -57,7 +64,7 @@ def test_every_setting_of_every_preset_is_in_the_table_with_its_source():
     assert listed.keys() == PRESETS.keys()
     names = {field.name for field in dataclasses.fields(TrainConfig)} - CHOSEN
     published = listed["gemma_scope"]
-    assert published.keys() == names - {"sparsity"}  # the caller's
+    assert published.keys() == names - {"sparsity"}  # which is the caller's
     for preset, cfg in PRESETS.items():
         own = listed[preset]
         for name in names - ({"sparsity"} if preset in ("gemma_scope", "gemma_scope_it") else set()):
@@ -134,10 +141,12 @@ def test_a_log_threshold_that_cannot_move_is_told():
     assert published.warm_up_warning() is None
     short = dataclasses.replace(published, steps=12_000)
     message = short.threshold_warning()
-    # 12,000 updates at 7e-5, the first 1,000 of them at 55 % of it on average: 0.81.
+    # 12,000 updates at 7e-5, the first 1,000 of them at 55 % of it on average: 0.81. sqrt(0.001) is 0.032.
     assert "12000 updates at learning rate 7e-05 change log(threshold) by 0.81 at most" in message
-    assert "within a factor of 2.24 of 0.001" in message
-    assert "threshold='direct', or use TrainConfig.short_run" in message
+    assert "within a factor of 2.24 of 0.001, and this sparsity needs them near 0.032" in message
+    assert "set threshold='direct', start them nearer (threshold_init), or use TrainConfig.short_run" in message
+    assert dataclasses.replace(short, threshold_init=0.02).threshold_warning() is None
+    assert "needs them near 0.05" in dataclasses.replace(short, target_l0=5.0).threshold_warning()
     assert sum(short.learning_rate_at(step) for step in range(12_000)) == pytest.approx(0.81, abs=5e-3)
     assert dataclasses.replace(short, threshold="direct").threshold_warning() is None
     assert TrainConfig.short_run(**SMALL, steps=10).threshold_warning() is None

@@ -11,13 +11,18 @@ from typing import Literal, get_args
 from scope_lens.releases.release import parse_width
 from scope_lens.releases.sites import Site, hooks_for
 from scope_lens.sae_config import SpecialPosition
-from scope_lens.training.presets import gemma_scope_2_settings, published_steps, short_run_settings
+from scope_lens.training.presets import (
+    gemma_scope_2_settings,
+    published_steps,
+    short_run_settings,
+    usual_threshold,
+)
 from scope_lens.training.schedules import cosine_warm_up, linear_decay, linear_warm_up
 from scope_lens.training.sparsity import SparsityTerm
 
 Activation = Literal["jumprelu", "topk", "batchtopk", "relu", "gated"]
 
-_USEFUL_FACTOR = 10.0  # thresholds of trained dictionaries are ten to a hundred times the published start
+_NEAR_ENOUGH = 3.0  # a threshold this factor off costs little
 _SPECIAL: tuple[SpecialPosition, ...] = ("bos", "eos", "pad")
 _WITH_K = ("topk", "batchtopk")
 _POSITIVE = (
@@ -237,7 +242,9 @@ class TrainConfig:
         """
         hook_in, hook_out = hooks_for(site, layer)
         latents = parse_width(width)
-        settings = short_run_settings(activation=activation, width=latents, steps=steps, sparsity=sparsity)
+        settings = short_run_settings(
+            activation=activation, width=latents, steps=steps, sparsity=sparsity, target_l0=target_l0
+        )
         return cls(
             hook_in=hook_in,
             hook_out=hook_out,
@@ -273,23 +280,24 @@ class TrainConfig:
         return term._replace(target_l0=self.target_l0, quadratic_factor=factor)
 
     def threshold_warning(self) -> str | None:
-        """Say why this run cannot move its thresholds where they are needed, or None if it can.
+        """Say why this run cannot move its thresholds to where they are needed, or None if it can.
 
         Adam moves a parameter by about the learning rate a step at most, whatever the gradient. A threshold trained as
         its logarithm changes at most by the factor exp(sum of the learning rates): at the published rate, from 0.001,
-        it reaches 0.01 after 33,000 updates and 0.1 after 66,000.
+        it reaches 0.01 after 33,000 updates and 0.1 after 66,000. It is needed near the square root of `sparsity`.
         """
         if self.activation != "jumprelu" or self.threshold != "log":
             return None
         warming = 0.45 * self.learning_rate * min(self.lr_warmup, self.steps)
         reach = self.learning_rate * (self.steps - self.lr_decay / 2) - warming
-        if reach >= math.log(_USEFUL_FACTOR):
+        needed = usual_threshold(sparsity=self.sparsity, target_l0=self.target_l0)
+        if reach >= abs(math.log(needed / self.threshold_init)) - math.log(_NEAR_ENOUGH):
             return None
         return (
             f"{self.steps} updates at learning rate {self.learning_rate:g} change log(threshold) by {reach:.2g} at "
-            f"most, so thresholds for {self.hook_out!r} stay within a factor of {math.exp(reach):.3g} of "
-            f"{self.threshold_init:g} and L0 stays high. Train longer, set threshold='direct', or use "
-            "TrainConfig.short_run."
+            f"most: thresholds for {self.hook_out!r} stay within a factor of {math.exp(reach):.3g} of "
+            f"{self.threshold_init:g}, and this sparsity needs them near {needed:.2g}, so L0 will be off. Train "
+            "longer, set threshold='direct', start them nearer (threshold_init), or use TrainConfig.short_run."
         )
 
     def warm_up_warning(self) -> str | None:

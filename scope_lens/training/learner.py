@@ -93,9 +93,7 @@ class Learner:
         """
         inputs = x / self.scale
         targets = inputs if y is x else y / self.scale
-        # Before `dead_after` rows no latent can be dead, which is known without asking the device.
-        dead = self.dead_latents() if self._rows_seen() >= self.cfg.dead_after else None
-        parts = self.objective.gradients((inputs, targets), step=self.step, dead=dead)
+        parts = self.objective.gradients((inputs, targets), step=self.step, dead=self._maybe_dead())
         with torch.no_grad():
             project_out_rows(self.sae.W_dec)
             self.adam.param_groups[0]["lr"] = self.cfg.learning_rate_at(self.step)
@@ -152,6 +150,13 @@ class Learner:
                     key.rsplit(".", 1)[1]: state[key].clone().to(parameter.device) for key in keys
                 }
             self.step = int(state["step"])
+
+    def _maybe_dead(self) -> Tensor | None:
+        """The dead latents; None where it is known without waiting for the device that there are none."""
+        if self._rows_seen() < self.cfg.dead_after:
+            return None
+        dead = self.dead_latents()
+        return None if dead.device.type == "cpu" and not dead.any() else dead
 
     def _rows_seen(self) -> int:
         return self.step * self.cfg.batch_size
