@@ -74,17 +74,16 @@ def test_every_setting_of_every_preset_is_in_the_table_with_its_source():
 
 
 def test_sources_name_a_paper_and_a_section_or_say_ours():
-    kinds = re.compile(
-        r"(arXiv \d{4}\.\d{5}|GS2|GDM update 2025-03)(, (section|appendix) [\dA-Z.]+| Eq\. \d+)?|ours|off"
-    )
+    paper = r"(arXiv \d{4}\.\d{5}|GS2|GDM update 2025-03)(, (section|appendix) [\dA-Z.]+|, Eq\. \d+)?"
+    kinds = re.compile(rf"{paper}|ours|off|the caller's")
     for preset, settings in table().items():
         for name, (_, source) in settings.items():
             assert kinds.match(source), (preset, name, source)
-    paper = [name for name, (_, source) in table()["gemma_scope"].items() if source.startswith("arXiv")]
+    published = [name for name, (_, source) in table()["gemma_scope"].items() if source.startswith("arXiv")]
     assert {"learning_rate", "lr_warmup", "sparsity_warmup", "betas", "adam_eps", "batch_size", "bandwidth"} <= set(
         paper
     )
-    assert {"threshold_init", "steps", "untrained"} <= set(paper)
+    assert {"threshold_init", "steps", "untrained"} <= set(published)
 
 
 def test_tokens_follow_the_width():
