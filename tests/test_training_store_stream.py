@@ -143,7 +143,7 @@ def test_batches_are_mixed(model):
     # Rows of a batch that stood side by side in the text: of 50 from 700, 50 * 49 / 700 = 3.5 by chance.
     assert sum(neighbours) / 30 == pytest.approx(3.5, abs=1.4)
     whole = stream(model, token_ids(64), sites=[RES], rows=10**6).mixing(size=50, batches=12)
-    assert whole.documents_ratio == pytest.approx(1, abs=0.05)
+    assert whole.documents_ratio == pytest.approx(1, abs=0.1)
 
 
 def test_a_stream_over_all_of_the_text_serves_batches_as_a_pass(model, tokens):
