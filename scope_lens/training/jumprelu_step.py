@@ -37,7 +37,8 @@ from scope_lens.sae import HookedSAE
 from scope_lens.training.losses import LossParts
 from scope_lens.training.sparsity import SparsityTerm
 
-_CHUNK_ENTRIES = 2**20  # pre-activations of a chunk: 4 MB in float32
+_CHUNK_ENTRIES = 2**21  # pre-activations of a chunk: 8 MB in float32
+_CHUNK_ROWS = 512  # at least, so that adding to the weights' gradients costs little beside the products
 _SPARSE_DENSITY = 0.125  # share of entries that matter, up to which sums over them beat dense products
 _LATENT_BLOCK = 512  # latents whose gradients are summed at a time: they stay in the cache until they are stored
 
@@ -55,7 +56,7 @@ class StepWorkspace:
     """
 
     def __init__(self, sae: HookedSAE, *, chunk_rows: int | None = None) -> None:
-        self.chunk_rows = chunk_rows or max(32, _CHUNK_ENTRIES // sae.cfg.d_sae)
+        self.chunk_rows = chunk_rows or max(_CHUNK_ROWS, _CHUNK_ENTRIES // sae.cfg.d_sae)
         shape = (self.chunk_rows, sae.cfg.d_sae)
         self.pre, self.gap, self.spare = (torch.empty(shape, dtype=sae.dtype) for _ in range(3))
         self.matters = torch.empty(shape, dtype=torch.bool)

@@ -1,6 +1,7 @@
 """sae-lens' own training step beside the bare one: run by `bench_train_step.py --peer PYTHON` with sae-lens' Python."""
 
 import json
+import time
 from importlib.metadata import version
 
 import torch
@@ -40,7 +41,9 @@ def rows() -> list[dict]:
             trainer.step(x)
             trainer.n_training_steps += 1
 
-        seconds = interleaved({"bare": lambda b=bare, x=x: b.update(x, x), "theirs": theirs}, rounds=15)
+        seconds = interleaved(
+            {"bare": lambda b=bare, x=x: b.update(x, x), "theirs": theirs}, rounds=15, clock=time.process_time
+        )
         work = f"256 -> 4096, batch 2048, {name}: sae-lens {version('sae-lens')}, SAETrainer.step"
         result.append({"work": work, "over": "bare eager"} | ratio(seconds, "bare", "theirs"))
     return result
