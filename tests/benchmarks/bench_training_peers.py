@@ -4,10 +4,9 @@ r"""FVU at matched L0 against other trainers: the same rows in the same order, t
         --sae-lens <python> --dictionary-learning <python>
 
 1. `rows`: activations of one residual layer of the embedded model, for training and from the hold-out text.
-2. `tune`: every arm at one sparsity and three learning rates, with half the steps; ours too.
-3. `train`: every arm at four or five sparsities.
-4. `speed`: rows/s of every arm, a few steps at a time in turn.
-5. `report`: docs/benchmarks/training_peers.md, .json and .png. A Chromium draws the figure's own HTML.
+2. `tune`: every peer at one sparsity and three learning rates, with fewer steps. Ours takes its preset's.
+3. `train`: every arm at four sparsities or more.
+4. `report`: docs/benchmarks/training_peers.md, .json and .png. A Chromium draws the figure's own HTML.
 
 A stage that was broken off goes on where it stopped. Each peer has a virtual environment of its own:
 
@@ -48,10 +47,9 @@ ROOT = Path(__file__).resolve().parents[2]
 PEERS = Path(__file__).parent / "peers"
 SEPARATOR = "\n<|endoftext|>\n"
 SITE = "blocks.2.hook_resid_post"
-WIDTH, BATCH, STEPS = 1024, 1024, 800
+WIDTH, BATCH, STEPS, TUNE_STEPS = 1024, 1024, 800, 300
 ROWS, HELD_OUT = STEPS * BATCH // 2, 16_384  # every training row is seen twice
 TUNED_AT = 20  # latents
-SPEED_ROUNDS = 15
 ARMS_AT_ONCE = 3  # of `tune` and `train`, one thread each
 
 
@@ -66,7 +64,7 @@ class Arm:
         colour: In the figure.
         sparsities: What `settings` takes, one for each run, from few latents to many.
         tuned_at: The one of `tune`.
-        learning_rates: Those of `tune`.
+        learning_rates: Those of `tune`; ours has none.
         learning_rate: The one it chose.
         settings: (sparsity, steps, learning rate) -> the run's settings for the script.
         source: Where the settings come from.
@@ -114,34 +112,32 @@ TARGETS = (10, 20, 35, 60)
 ARMS = {
     "ours_jumprelu": Arm(
         "scope_lens JumpReLU", "scope_lens", "jumprelu", "#0072B2",
-        (1e-2, 5e-3, 3e-3, 1.8e-3, 1e-3), 4e-3, (4e-3, 8e-3, 1.6e-2), 8e-3,
-        lambda sparsity, steps, rate: {"preset": {"sparsity": sparsity}, "settings": {"learning_rate": rate}},
+        (1.2e-2, 6e-3, 3e-3, 1.6e-3, 1.2e-3, 9e-4), 3e-3, (), 0,
+        lambda sparsity, steps, rate: {"preset": {"sparsity": sparsity}},
         "`TrainConfig.short_run` as it is",
     ),
     "ours_topk": Arm(
-        "scope_lens TopK", "scope_lens", "topk", "#009E73", TARGETS, TUNED_AT, (4e-3, 8e-3, 1.6e-2), 8e-3,
-        lambda sparsity, steps, rate: {
-            "preset": {"activation": "topk", "k": int(sparsity)}, "settings": {"learning_rate": rate},
-        },
+        "scope_lens TopK", "scope_lens", "topk", "#009E73", TARGETS, TUNED_AT, (), 0,
+        lambda sparsity, steps, rate: {"preset": {"activation": "topk", "k": int(sparsity)}},
         '`TrainConfig.short_run(activation="topk")` as it is',
     ),
     "sae_lens_jumprelu": Arm(
         "sae-lens JumpReLU", "sae_lens", "jumprelu", "#D55E00",
-        (5.0, 2.5, 1.3, 0.7), 2.0, (3e-3, 6e-3, 1.2e-2), 3e-3,
+        (0.6, 0.3, 0.15, 0.08), 2.0, (3e-3, 6e-3, 1.2e-2), 6e-3,
         sae_lens_jumprelu,
         "the tanh loss with Anthropic's settings, which its page on training recommends: tanh scale 4, bandwidth 2, "
         "initial threshold 0.1, loss of dead pre-activations 3e-6, sparsity warm-up over the whole run, last fifth of "
         "the learning rate linear to zero, `expected_average_only_in`",
     ),
     "sae_lens_topk": Arm(
-        "sae-lens TopK", "sae_lens", "topk", "#E69F00", TARGETS, TUNED_AT, (3e-3, 6e-3, 1.2e-2), 3e-3,
+        "sae-lens TopK", "sae_lens", "topk", "#E69F00", TARGETS, TUNED_AT, (3e-3, 6e-3, 1.2e-2), 6e-3,
         sae_lens_topk,
         "its defaults (auxiliary loss 1, rescaling by decoder norms) with `expected_average_only_in` and the last "
         "fifth of the learning rate linear to zero",
     ),
     "dictionary_learning": Arm(
         "dictionary_learning JumpReLU", "dictionary_learning", "jumprelu", "#CC79A7", TARGETS, TUNED_AT,
-        (3e-3, 6e-3, 1.2e-2), 3e-3,
+        (3e-3, 6e-3, 1.2e-2), 6e-3,
         dictionary_learning,
         "its defaults (bandwidth 0.001, penalty 1 on the squared relative distance from the target L0, norms clipped "
         "at 1), unit mean squared norm, warm-ups over a tenth and a quarter of the run, decay over the last fifth",
@@ -174,9 +170,11 @@ def save(file: Path, rows: torch.Tensor) -> None:
 
 def tune(work: Path, pythons: dict[str, str]) -> None:
     runs = {
-        name: [arm.run(arm.tuned_at, STEPS // 2, rate) for rate in arm.learning_rates] for name, arm in ARMS.items()
+        name: [arm.run(arm.tuned_at, TUNE_STEPS, rate) for rate in arm.learning_rates]
+        for name, arm in ARMS.items()
+        if arm.learning_rates
     }
-    train_all(work / "tune", work, pythons, runs, STEPS // 2)
+    train_all(work / "tune", work, pythons, runs, TUNE_STEPS)
 
 
 def train(work: Path, pythons: dict[str, str]) -> None:
@@ -185,37 +183,14 @@ def train(work: Path, pythons: dict[str, str]) -> None:
 
 
 def train_all(folder: Path, work: Path, pythons: dict[str, str], runs: dict[str, list[dict]], steps: int) -> None:
-    plans = {name: write_plan(folder, work, name, runs[name], steps) for name in ARMS}
+    plans = {name: write_plan(folder, work, name, found, steps) for name, found in runs.items()}
 
     def one(name: str) -> None:
-        command = [pythons[ARMS[name].package], ARMS[name].script, "train", plans[name]]
+        command = [pythons[ARMS[name].package], ARMS[name].script, plans[name]]
         subprocess.run(command, check=True, env=environment())
 
     with ThreadPoolExecutor(ARMS_AT_ONCE) as pool:
-        list(pool.map(one, ARMS))
-
-
-def speed(work: Path, pythons: dict[str, str]) -> None:
-    """Let the arms take turns, ten steps each; every arm is a process that waits for its turn."""
-    processes = {}
-    for name, arm in ARMS.items():
-        plan = write_plan(work / "speed", work, name, [arm.run(arm.tuned_at, STEPS, arm.learning_rate)], STEPS)
-        processes[name] = subprocess.Popen(
-            [pythons[arm.package], arm.script, "speed", plan],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(),
-        )  # fmt: skip
-    seconds: dict[str, list[float]] = {name: [] for name in ARMS}
-    for turn in range(SPEED_ROUNDS + 3):
-        for name, process in processes.items():
-            process.stdin.write("\n")
-            process.stdin.flush()
-            taken = float(process.stdout.readline())
-            if turn >= 3:
-                seconds[name].append(taken)
-    for process in processes.values():
-        process.stdin.close()
-        process.wait()
-    (work / "speed.json").write_text(json.dumps(seconds))
+        list(pool.map(one, runs))
 
 
 def write_plan(folder: Path, work: Path, name: str, runs: list[dict], steps: int) -> Path:
@@ -276,13 +251,15 @@ def measure(file: Path, rows: torch.Tensor) -> dict[str, float]:
     }
 
 
-def at_l0(points: list[dict], l0: float) -> float | None:
-    """FVU of a frontier at this L0, log-log between its points; None outside them."""
+def at_l0(points: list[dict], l0: float, *, beyond: bool = False) -> float | None:
+    """FVU of a frontier at this L0, log-log between its points; beyond them None, or its end segments continued."""
     ordered = sorted((math.log(p["l0"]), math.log(p["fvu"])) for p in points)
-    for (x0, y0), (x1, y1) in itertools.pairwise(ordered):
-        if x0 <= math.log(l0) <= x1:
-            return math.exp(y0 + (y1 - y0) * (math.log(l0) - x0) / (x1 - x0))
-    return None
+    x = math.log(l0)
+    if not (beyond or ordered[0][0] <= x <= ordered[-1][0]):
+        return None
+    left = next((i for i, (end, _) in enumerate(ordered[1:-1]) if x <= end), len(ordered) - 2)
+    (x0, y0), (x1, y1) = ordered[left : left + 2]
+    return math.exp(y0 + (y1 - y0) * (x - x0) / (x1 - x0))
 
 
 def comparisons(points: dict[str, list[dict]]) -> Iterator[tuple[str, str, list[tuple[float, float]]]]:
@@ -306,9 +283,8 @@ def report(work: Path, pythons: dict[str, str], chromium: str, source: Path) -> 
             run = arm.run(sparsity, STEPS, arm.learning_rate)["name"]
             points[name].append({"sparsity": sparsity} | measure(work / "train" / f"{run}.npz", held_out))
         for rate in arm.learning_rates:
-            run = arm.run(arm.tuned_at, STEPS // 2, rate)["name"]
+            run = arm.run(arm.tuned_at, TUNE_STEPS, rate)["name"]
             tuned[name].append({"learning_rate": rate} | measure(work / "tune" / f"{run}.npz", held_out))
-    seconds = json.loads((work / "speed.json").read_text())
     environments = {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{cpu_name()}, one thread",
@@ -318,10 +294,10 @@ def report(work: Path, pythons: dict[str, str], chromium: str, source: Path) -> 
     }  # fmt: skip
     ratios = {f"{own} / {peer}": found for own, peer, found in comparisons(points)}
     result = {
-        "environment": environments, "points": points, "fvu_ratios": ratios, "tuning": tuned, "step_seconds": seconds,
+        "environment": environments, "points": points, "fvu_ratios": ratios, "tuning": tuned,
     }  # fmt: skip
     (RESULTS / "training_peers.json").write_text(json.dumps(result, indent=1) + "\n")
-    (RESULTS / "training_peers.md").write_text(page(environments, points, tuned, seconds))
+    (RESULTS / "training_peers.md").write_text(page(environments, points, tuned))
     screenshot(figure(points), RESULTS / "training_peers.png", chromium)
 
 
@@ -335,7 +311,7 @@ def versions(python: str) -> dict[str, str]:
     return json.loads(found)
 
 
-def page(where: dict, points: dict[str, list[dict]], tuned: dict[str, list[dict]], seconds: dict) -> str:
+def page(where: dict, points: dict[str, list[dict]], tuned: dict[str, list[dict]]) -> str:
     packages = sorted({f"{name} {version}" for found in where["versions"].values() for name, version in found.items()})
     head = f"""# Training against other trainers
 
@@ -381,29 +357,31 @@ k for TopK.
 
 {settings}
 
-Learning rates were compared with {STEPS // 2:,} steps at one sparsity, ours as well. FVU · √L0, which hardly changes
-along a frontier, compares those that came out at different L0:
+The peers' learning rates were compared with {TUNE_STEPS:,} steps at one sparsity. To rank runs that came out at
+different L0, the last column divides by the frontier of scope_lens' JumpReLU at that L0, continued log-log beyond its
+ends:
 
-| arm | learning rate | L0 | FVU | FVU · √L0 |
+| arm | learning rate | L0 | FVU | relative |
 |---|--:|--:|--:|--:|""")
     for name, found in tuned.items():
         lines += [
             f"| {ARMS[name].label} | {p['learning_rate']:g} | {p['l0']:.1f} | {p['fvu']:.4f}"
-            f" | {p['fvu'] * p['l0'] ** 0.5:.3f} |"
+            f" | {p['fvu'] / at_l0(points['ours_jumprelu'], p['l0'], beyond=True):.2f} |"
             for p in found
         ]
     lines.append(f"""
 ## Speed
 
-Rows/s over those of scope_lens' JumpReLU at the same moment: {SPEED_ROUNDS} rounds in which every arm makes ten steps
-in turn, each in its own process with one thread. Median and quartiles of the ratio.
+CPU seconds of a whole run of {STEPS:,} steps on one thread, the arms side by side on one machine: the median over the
+sparsities, and rows per CPU second relative to scope_lens' JumpReLU.
 
-| arm | rows/s, relative | low | high |
-|---|--:|--:|--:|""")
-    for name, arm in ARMS.items():
-        pairs = [ours / theirs for ours, theirs in zip(seconds["ours_jumprelu"], seconds[name], strict=True)]
-        low, middle, high = statistics.quantiles(pairs, n=4)
-        lines.append(f"| {arm.label} | {middle:.2f} | {low:.2f} | {high:.2f} |")
+| arm | CPU seconds | rows per CPU second, relative |
+|---|--:|--:|""")
+    medians = {name: statistics.median(p["cpu_seconds"] for p in found) for name, found in points.items()}
+    lines += [
+        f"| {ARMS[name].label} | {seconds:.0f} | {medians['ours_jumprelu'] / seconds:.2f} |"
+        for name, seconds in medians.items()
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -459,7 +437,7 @@ def screenshot(drawn: go.Figure, image: Path, chromium: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("rows", "tune", "train", "speed", "report", "all"))
+    parser.add_argument("stage", choices=("rows", "tune", "train", "report", "all"))
     parser.add_argument("--work", type=Path, required=True, help="folder for rows and dictionaries (1 GB)")
     parser.add_argument("--sae-lens", required=True, help="Python of the environment with sae-lens")
     parser.add_argument("--dictionary-learning", required=True, help="Python of the one with dictionary-learning")
@@ -480,7 +458,6 @@ def main() -> None:
         "rows": lambda: make_rows(given.work, given.corpus, given.store),
         "tune": lambda: tune(given.work, pythons),
         "train": lambda: train(given.work, pythons),
-        "speed": lambda: speed(given.work, pythons),
         "report": lambda: report(given.work, pythons, given.chromium, given.store or given.corpus),
     }
     for stage, work in stages.items():

@@ -1,9 +1,8 @@
-"""What every arm of bench_training_peers.py shares: rows in, dictionaries out, or a stopwatch.
+"""What every arm of bench_training_peers.py shares: rows in, dictionaries out.
 
 Runs in each peer's own virtual environment, so it needs torch and NumPy only.
 
-    python <peer>_train.py train plan.json     trains the plan's runs that have no file yet
-    python <peer>_train.py speed plan.json     one line of stdin: some steps of the first run, their seconds on stdout
+    python <peer>_train.py plan.json     trains the plan's runs that have no file yet
 
 A plan names the files of the rows, the row numbers of every batch, the width, and the runs. A run becomes
 `<folder>/<name>.npz`: W_enc, b_enc, W_dec, b_dec and a threshold or k, on raw activations, with the peer's own
@@ -44,8 +43,7 @@ def main(make: Callable[[dict, dict, Tensor], Arm]) -> None:
     Args:
         make: (plan, run, first rows) -> Arm. The first rows are for whatever a peer measures before it trains.
     """
-    mode, plan_file = sys.argv[1:]
-    plan = json.loads(Path(plan_file).read_text())
+    plan = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(1)
     rows, order = np.load(plan["rows"], mmap_mode="r"), np.load(plan["order"], mmap_mode="r")
 
@@ -53,9 +51,6 @@ def main(make: Callable[[dict, dict, Tensor], Arm]) -> None:
         return torch.from_numpy(rows[order[i]])
 
     first = torch.cat([batch(i) for i in range(min(100, len(order)))])
-    if mode == "speed":
-        stopwatch(make(plan, plan["runs"][0], first), [batch(i) for i in range(10)])
-        return
     held_out = torch.from_numpy(np.load(plan["held_out"])[:CHECKED])
     for run in plan["runs"]:
         file = Path(plan["folder"]) / f"{run['name']}.npz"
@@ -74,12 +69,3 @@ def main(make: Callable[[dict, dict, Tensor], Arm]) -> None:
         np.savez(part, **arrays, seconds=seconds)
         part.replace(file)
         print(run["name"], f"{seconds:.0f} CPU seconds", file=sys.stderr, flush=True)
-
-
-def stopwatch(arm: Arm, batches: list[Tensor]) -> None:
-    """Answer each line of stdin with the seconds of one step on each batch."""
-    for _ in sys.stdin:
-        start = time.perf_counter()
-        for x in batches:
-            arm.step(x)
-        print(time.perf_counter() - start, flush=True)

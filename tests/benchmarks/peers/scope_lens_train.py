@@ -13,7 +13,7 @@ from scope_lens.training.learner import Learner
 def make(plan: dict, run: dict, first: Tensor) -> Arm:
     sizes = {name: plan[name] for name in ("width", "steps", "seed")}
     cfg = TrainConfig.short_run(site="res", layer=2, **sizes, **run["preset"])
-    cfg = dataclasses.replace(cfg, batch_size=plan["batch_size"], **run["settings"])
+    cfg = dataclasses.replace(cfg, batch_size=plan["batch_size"])
     scale = float(first.pow(2).sum(-1).mean().sqrt())
     learner = Learner(cfg, d_in=first.shape[1], d_out=first.shape[1], scale=scale, model="embedded")
 
