@@ -74,9 +74,8 @@ def test_the_checks_install_as_the_readme_says():
 
 
 def test_the_table_of_the_readme_is_of_the_embedded_dictionaries():
-    suite = scope_lens.demo.path() / "suite"
     shown = re.findall(r"\S+/layer_\d+/width_1k/average_l0_\d+$", README.read_text(), re.MULTILINE)
-    assert sorted(shown) == sorted(file.parent.relative_to(suite).as_posix() for file in suite.rglob("params.npz"))
+    assert shown == [sae.cfg.path for sae in scope_lens.demo.load_saes()]
 
 
 def test_the_file_map_of_the_readme_is_the_package():

@@ -30,14 +30,12 @@ def demo(*, html: Path | None = None, json: Path | None = None) -> None:
         json: Write the results to this file.
     """
     check_writable(html, json)
-    from scope_lens import demo as embedded
-    from scope_lens.releases import loaders
-
-    saes = loaders(str(embedded.path() / "suite"), model=embedded.MODEL_NAME)
     import torch
 
+    from scope_lens import demo as embedded
     from scope_lens.evaluation.each import evaluate_each
 
+    saes = {sae.cfg.path: sae for sae in embedded.load_saes()}
     model = embedded.load_model()
     text = embedded.text()[:_DEMO_DOCUMENTS]
     threads = torch.get_num_threads()
