@@ -7,8 +7,9 @@ import torch
 from conftest import VOCAB, make_hf
 
 from scope_lens.model import ScopeModel
-from scope_lens.training import ActivationStore, harvest_folder, placement, reader, zarr_rows
-from scope_lens.training import harvest as harvesting
+from scope_lens.training import ActivationStore
+from scope_lens.training.store import harvest as harvesting
+from scope_lens.training.store import harvest_folder, placement, reader, zarr_rows
 
 RES, Z = "blocks.0.hook_resid_post", "blocks.1.attn.hook_z"
 NORMED, MLP = "blocks.1.ln2.hook_normalized", "blocks.1.hook_mlp_out"

@@ -24,8 +24,9 @@ from store_material import (
 )
 
 from scope_lens.model import ScopeModel
-from scope_lens.training import ActivationStore, corpus, site_rows
-from scope_lens.training.chat import wrap_in_chat
+from scope_lens.training import ActivationStore
+from scope_lens.training.store import corpus, site_rows
+from scope_lens.training.store.chat import wrap_in_chat
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +271,7 @@ def test_mixing_tells_a_shuffled_batch_from_a_run_of_text(model):
     assert mixed.distance == pytest.approx(1, abs=0.05)
     assert mixed.pass_rows == store.rows
 
-    from scope_lens.training.mixing import measure_mixing
+    from scope_lens.training.store.mixing import measure_mixing
 
     order = (origin.doc * 16 + origin.pos).argsort()
     run = type(origin)(*(column[order[:64]] for column in origin))

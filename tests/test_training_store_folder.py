@@ -12,7 +12,8 @@ import torch
 from store_material import BOS, RES, Z, bridged, one_pass, shrink, token_ids
 from store_material import harvest as harvest_sites
 
-from scope_lens.training import ActivationStore, harvest_folder, site_rows, zarr_rows
+from scope_lens.training import ActivationStore
+from scope_lens.training.store import harvest_folder, site_rows, zarr_rows
 
 SITES = (RES, Z)
 
@@ -187,7 +188,7 @@ import torch
 torch.set_num_threads(1)
 from pathlib import Path
 from store_material import RES, bridged, harvest, shrink, token_ids
-from scope_lens.training import harvest_folder
+from scope_lens.training.store import harvest_folder
 shrink()
 harvest_folder._SECONDS_BETWEEN_NOTES = 0.0
 model, path, kills = bridged(), Path({path!r}), 0

@@ -6,8 +6,8 @@ import pytest
 import torch
 from store_material import MLP, NORMED, RES, bridged, harvest, one_pass, stream, token_ids
 
-from scope_lens.training.reservoir import Reservoir
-from scope_lens.training.seeds import generator
+from scope_lens.training.store.reservoir import Reservoir
+from scope_lens.training.store.seeds import generator
 
 
 @pytest.fixture(scope="module")

@@ -61,7 +61,7 @@ def harvest(
     settings: dict[str, Any] = {}
     tokens: Any = stories
     if chat:
-        from scope_lens.training.chat import wrap_in_chat
+        from scope_lens.training.store.chat import wrap_in_chat
 
         tokens = wrap_in_chat(loaded, stories)
         settings["untrained"] = ("bos", "eos", "pad", "chat_prefix")

@@ -1,6 +1,5 @@
 """Training: one harvest of activations, any number of dictionaries, Gemma Scope's recipe."""
 
-from scope_lens.training.chat import wrap_in_chat as wrap_in_chat
 from scope_lens.training.checkpoint import checkpoints as checkpoints
 from scope_lens.training.config import TrainConfig as TrainConfig
 from scope_lens.training.export import Saved as Saved
@@ -14,4 +13,5 @@ from scope_lens.training.log import WandbLog as WandbLog
 from scope_lens.training.log import read_log as read_log
 from scope_lens.training.step_result import StepResult as StepResult
 from scope_lens.training.store import ActivationStore as ActivationStore
+from scope_lens.training.store.chat import wrap_in_chat as wrap_in_chat
 from scope_lens.training.trainer import Trainer as Trainer

@@ -12,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from scope_lens.training.config import TrainConfig
-from scope_lens.training.reader import RowReader
 from scope_lens.training.store import ActivationStore
-from scope_lens.training.transfer import to_device
+from scope_lens.training.store.reader import RowReader
+from scope_lens.training.store.transfer import to_device
 
 
 class Batch:

@@ -28,12 +28,13 @@ import torch
 from arms import interleaved, ratio, write
 
 from scope_lens import demo
-from scope_lens.training import ActivationStore, TrainConfig, Trainer, zarr_rows
-from scope_lens.training.corpus import Origin
+from scope_lens.training import ActivationStore, TrainConfig, Trainer
 from scope_lens.training.learner import Learner
-from scope_lens.training.mixing import measure_mixing
-from scope_lens.training.reservoir import Reservoir
-from scope_lens.training.zarr_rows import ZarrRows
+from scope_lens.training.store import zarr_rows
+from scope_lens.training.store.corpus import Origin
+from scope_lens.training.store.mixing import measure_mixing
+from scope_lens.training.store.reservoir import Reservoir
+from scope_lens.training.store.zarr_rows import ZarrRows
 
 BUFFER, BATCH, BLOCK = 512 << 20, 4_096, 4_096
 SHAPES = ((256, torch.float32), (2_304, torch.bfloat16))

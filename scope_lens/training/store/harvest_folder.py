@@ -24,11 +24,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scope_lens.training.harvest import Harvest, Harvested, square_sum
-from scope_lens.training.manifest import StoreManifest, differences, write_json
-from scope_lens.training.placement import BUCKET_ROWS, Piece
-from scope_lens.training.transfer import put_rows
-from scope_lens.training.zarr_rows import CHUNK_ROWS, SHARD_ROWS, ZarrRows, arrays_of, disk_errors, full_disk, reserve
+from scope_lens.training.store.harvest import Harvest, Harvested, square_sum
+from scope_lens.training.store.manifest import StoreManifest, differences, write_json
+from scope_lens.training.store.placement import BUCKET_ROWS, Piece
+from scope_lens.training.store.transfer import put_rows
+from scope_lens.training.store.zarr_rows import (
+    CHUNK_ROWS,
+    SHARD_ROWS,
+    ZarrRows,
+    arrays_of,
+    disk_errors,
+    full_disk,
+    reserve,
+)
 
 _DOCUMENTS = "documents.txt"
 _PROGRESS = "progress.json"

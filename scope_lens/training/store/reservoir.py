@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from scope_lens.training.transfer import put_rows, take_rows
+from scope_lens.training.store.transfer import put_rows, take_rows
 
 
 class Reservoir:

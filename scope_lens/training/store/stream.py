@@ -18,13 +18,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm import tqdm
 
-from scope_lens.training.corpus import Origin, SequenceBatch
-from scope_lens.training.harvest import Harvest, square_sum
-from scope_lens.training.manifest import StoreManifest
-from scope_lens.training.reader import RowReader, by_site
-from scope_lens.training.reservoir import Reservoir
-from scope_lens.training.seeds import generator
-from scope_lens.training.transfer import empty_rows
+from scope_lens.training.store.corpus import Origin, SequenceBatch
+from scope_lens.training.store.harvest import Harvest, square_sum
+from scope_lens.training.store.manifest import StoreManifest
+from scope_lens.training.store.reader import RowReader, by_site
+from scope_lens.training.store.reservoir import Reservoir
+from scope_lens.training.store.seeds import generator
+from scope_lens.training.store.transfer import empty_rows
 
 
 class Stream:

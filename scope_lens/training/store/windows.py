@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from scope_lens.training.corpus import Origin
-from scope_lens.training.transfer import empty_rows, take_rows
-from scope_lens.training.zarr_rows import ORIGIN, Reading, ZarrRows
+from scope_lens.training.store.corpus import Origin
+from scope_lens.training.store.transfer import empty_rows, take_rows
+from scope_lens.training.store.zarr_rows import ORIGIN, Reading, ZarrRows
 
 
 @runtime_checkable

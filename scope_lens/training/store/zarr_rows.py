@@ -25,8 +25,8 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from scope_lens.training.manifest import write_json
-from scope_lens.training.transfer import empty_rows
+from scope_lens.training.store.manifest import write_json
+from scope_lens.training.store.transfer import empty_rows
 
 CHUNK_ROWS = 4_096
 SHARD_ROWS = 65_536

@@ -19,10 +19,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from scope_lens.training.corpus import Origin
-from scope_lens.training.seeds import generator
-from scope_lens.training.windows import Rows, Window
-from scope_lens.training.zarr_rows import CHUNK_ROWS
+from scope_lens.training.store.corpus import Origin
+from scope_lens.training.store.seeds import generator
+from scope_lens.training.store.windows import Rows, Window
+from scope_lens.training.store.zarr_rows import CHUNK_ROWS
 
 _WINDOW_BLOCKS = 16
 _WINDOW_BYTES = 1 << 30  # of all sites of the store, more or less

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from scope_lens.model import ScopeModel
 from scope_lens.sites import Sites
-from scope_lens.training.corpus import Corpus, SequenceBatch
-from scope_lens.training.transfer import to_device
+from scope_lens.training.store.corpus import Corpus, SequenceBatch
+from scope_lens.training.store.transfer import to_device
 
 
 class _Done(Exception):  # noqa: N818  a signal, not an error

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from scope_lens.training.corpus import Origin
+from scope_lens.training.store.corpus import Origin
 
 
 @dataclass(frozen=True, kw_only=True)

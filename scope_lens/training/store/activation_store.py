@@ -22,15 +22,15 @@ from torch import Tensor
 from scope_lens.fingerprints import model_fingerprint
 from scope_lens.model import ScopeModel
 from scope_lens.packing import Tokens
-from scope_lens.training.corpus import Corpus, Origin
-from scope_lens.training.harvest import Harvest, harvest_memory, square_sum
-from scope_lens.training.harvest_folder import harvest_folder, read_documents
-from scope_lens.training.manifest import DTYPES, StoreManifest, source_of, tokenizer_hash
-from scope_lens.training.mixing import Mixing, measure_mixing
-from scope_lens.training.reader import Finished, RowReader, Source
-from scope_lens.training.stream import Stream
-from scope_lens.training.windows import DiskRows, MemoryRows, Rows
-from scope_lens.training.zarr_rows import arrays_of, check_whole
+from scope_lens.training.store.corpus import Corpus, Origin
+from scope_lens.training.store.harvest import Harvest, harvest_memory, square_sum
+from scope_lens.training.store.harvest_folder import harvest_folder, read_documents
+from scope_lens.training.store.manifest import DTYPES, StoreManifest, source_of, tokenizer_hash
+from scope_lens.training.store.mixing import Mixing, measure_mixing
+from scope_lens.training.store.reader import Finished, RowReader, Source
+from scope_lens.training.store.stream import Stream
+from scope_lens.training.store.windows import DiskRows, MemoryRows, Rows
+from scope_lens.training.store.zarr_rows import arrays_of, check_whole
 
 Batch = tuple[Float[Tensor, "batch d"], ...]
 UNTRAINED = ("bos", "eos", "pad")

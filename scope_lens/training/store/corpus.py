@@ -18,7 +18,7 @@ from torch import Tensor
 from scope_lens.model import ScopeModel
 from scope_lens.packing import Tokens, leading_pad, pack_documents, token_rows
 from scope_lens.special_tokens import special_token_ids, untrained_positions
-from scope_lens.training.seeds import generator
+from scope_lens.training.store.seeds import generator
 
 _LONGEST_CONTEXT = 1_024  # Gemma Scope's, arXiv 2408.05147, section 3.1
 _WINDOW = 1_024  # sequences among which those of one length are brought together, so that a forward can take several

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from scope_lens.training.seeds import generator
+from scope_lens.training.store.seeds import generator
 
 BUCKET_ROWS = 1 << 20
 

@@ -20,12 +20,12 @@ from tqdm import tqdm
 from scope_lens.fingerprints import model_fingerprint
 from scope_lens.model import ScopeModel
 from scope_lens.packing import Tokens
-from scope_lens.training.corpus import Corpus, Origin, SequenceBatch
-from scope_lens.training.manifest import DTYPES, StoreManifest, source_of, tokenizer_hash, versions
-from scope_lens.training.placement import Placement
-from scope_lens.training.site_rows import SiteRows
-from scope_lens.training.transfer import put_rows
-from scope_lens.training.zarr_rows import SHARD_ROWS
+from scope_lens.training.store.corpus import Corpus, Origin, SequenceBatch
+from scope_lens.training.store.manifest import DTYPES, StoreManifest, source_of, tokenizer_hash, versions
+from scope_lens.training.store.placement import Placement
+from scope_lens.training.store.site_rows import SiteRows
+from scope_lens.training.store.transfer import put_rows
+from scope_lens.training.store.zarr_rows import SHARD_ROWS
 
 
 class Harvested(NamedTuple):
