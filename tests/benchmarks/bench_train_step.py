@@ -30,7 +30,7 @@ NOTES = (
 )
 
 
-def row(d: int, d_sae: int, batch: int, density: float, *, transcoder: bool = False, rounds: int = 15) -> list[dict]:
+def row(d: int, d_sae: int, batch: int, density: float, *, transcoder: bool = False, rounds: int = 9) -> list[dict]:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(batch, d, generator=generator)
     y = torch.randn(batch, d, generator=generator) if transcoder else x
@@ -75,15 +75,15 @@ def main() -> None:
     parser.add_argument("--peer")
     python = parser.parse_args().peer
     rows = [
-        *row(256, 4096, 2048, 0.436, rounds=25),
-        *row(256, 4096, 2048, 0.10, rounds=25),
-        *row(256, 4096, 2048, 64 / 4096, rounds=25),
+        *row(256, 4096, 2048, 0.436, rounds=11),
+        *row(256, 4096, 2048, 0.10, rounds=11),
+        *row(256, 4096, 2048, 64 / 4096, rounds=15),
         *row(256, 4096, 2048, 0.436, transcoder=True),
         *row(256, 4096, 2048, 64 / 4096, transcoder=True),
-        *row(192, 1024, 1024, 0.436, rounds=40),
-        *row(192, 1024, 1024, 40 / 1024, rounds=40),
-        *row(512, 8192, 1024, 0.436, rounds=9),
-        *row(512, 8192, 1024, 64 / 8192, rounds=9),
+        *row(192, 1024, 1024, 0.436, rounds=31),
+        *row(192, 1024, 1024, 40 / 1024, rounds=31),
+        *row(512, 8192, 1024, 0.436, rounds=7),
+        *row(512, 8192, 1024, 64 / 8192, rounds=7),
     ]
     if python:
         rows += peer_rows(python)

@@ -42,7 +42,7 @@ def rows() -> list[dict]:
             trainer.n_training_steps += 1
 
         seconds = interleaved(
-            {"bare": lambda b=bare, x=x: b.update(x, x), "theirs": theirs}, rounds=15, clock=time.process_time
+            {"bare": lambda b=bare, x=x: b.update(x, x), "theirs": theirs}, rounds=9, clock=time.process_time
         )
         work = f"256 -> 4096, batch 2048, {name}: sae-lens {version('sae-lens')}, SAETrainer.step"
         result.append({"work": work, "over": "bare eager"} | ratio(seconds, "bare", "theirs"))
