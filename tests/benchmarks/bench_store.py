@@ -195,6 +195,7 @@ def disk(folder: Path, rounds: int) -> list[dict]:
             **ratio(seconds, name, "store"),
             "per CPU second": f"{size / statistics.median(seconds['store']) / 1e9:.1f} GB, "
             f"{over.split()[0]} {size / statistics.median(seconds[name]) / 1e9:.1f} GB",
+            "note": "",
         }
         for name, over in (("memmap", "NumPy memory map"), ("read calls", "TensorStore without file_io_mode memmap"))
     ]
