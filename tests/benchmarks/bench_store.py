@@ -11,7 +11,6 @@ Arms take turns in one process and are timed in CPU seconds, which hold on a mac
 """
 
 import argparse
-import resource
 import shutil
 import statistics
 import subprocess
@@ -107,11 +106,17 @@ def print_peak(buffer: str, shape: int) -> None:
     """What `peak_memory` runs."""
     torch.set_num_threads(1)
     (torch.ones(BATCH, 64).float()[torch.randperm(BATCH)], np.ones(4)[np.arange(2)])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = kib_of("VmRSS")
     run = BUFFERS[buffer](*SHAPES[shape])
     for _ in range(3):
         run()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1_024)
+    print((kib_of("VmHWM") - before) * 1_024)
+
+
+def kib_of(field: str) -> int:
+    """Memory of this process as Linux counts it; `getrusage` begins with the peak of the parent."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1])
 
 
 def buffer_rows(rounds: int) -> list[dict]:
