@@ -12,8 +12,8 @@ A short run departs from the published recipe, because billions of tokens are no
 2. Adam's memory is 50 steps and not 1,000: the first gradients are huge, because a wide dictionary with a tied encoder
    overshoots, and a long memory of them keeps the updates of the whole run small. Momentum takes out the noise that
    the larger rate brings in.
-3. Thresholds start at half of where they end up, which is the square root of the price of a latent; the estimator's
-   window is a third of that wide.
+3. Thresholds start at half of where they end up, which is the square root of the price of a latent. The estimator's
+   window is wide: where latents are cheap, a narrow one holds so few rows that thresholds wander and latents die.
 4. The warm-ups are shares of the run, and batches are smaller: more updates from the same rows.
 """
 
@@ -79,9 +79,10 @@ def short_run_settings(
     }
     match activation:
         case "jumprelu":
-            price = 3e-3 if sparsity is None else sparsity
+            middling = 3e-3 if target_l0 is None else 1e-3
+            price = middling if sparsity is None else sparsity
             usual = usual_threshold(sparsity=price, target_l0=target_l0)
-            settings |= {"sparsity": price, "threshold_init": usual / 2, "bandwidth": usual / 3}
+            settings |= {"sparsity": price, "threshold_init": usual / 2, "bandwidth": 0.07}
         case "relu" | "gated":
             settings |= {"sparsity": 0.15 if sparsity is None else sparsity}
         case _:
