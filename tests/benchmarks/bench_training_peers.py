@@ -112,9 +112,14 @@ TARGETS = (10, 20, 35, 60)
 ARMS = {
     "ours_jumprelu": Arm(
         "scope_lens JumpReLU", "scope_lens", "jumprelu", "#0072B2",
-        (1.2e-2, 6e-3, 3e-3, 1.6e-3, 1.2e-3, 9e-4), 3e-3, (), 0,
+        (1.2e-2, 6e-3, 3e-3, 1.6e-3, 1.1e-3, 8e-4), 3e-3, (), 0,
         lambda sparsity, steps, rate: {"preset": {"sparsity": sparsity}},
         "`TrainConfig.short_run` as it is",
+    ),
+    "ours_target": Arm(
+        "scope_lens JumpReLU, target L0", "scope_lens", "jumprelu", "#56B4E9", TARGETS, TUNED_AT, (), 0,
+        lambda sparsity, steps, rate: {"preset": {"target_l0": sparsity}},
+        "`TrainConfig.short_run(target_l0=...)` as it is",
     ),
     "ours_topk": Arm(
         "scope_lens TopK", "scope_lens", "topk", "#009E73", TARGETS, TUNED_AT, (), 0,
@@ -274,7 +279,7 @@ def comparisons(points: dict[str, list[dict]]) -> Iterator[tuple[str, str, list[
 # ---- report ----
 
 
-def report(work: Path, pythons: dict[str, str], chromium: str, source: Path) -> None:
+def report(work: Path, pythons: dict[str, str], chromium: str, corpus: Path, store: Path | None) -> None:
     held_out = torch.from_numpy(np.load(work / "held_out.npy")).double()
     points = {name: [] for name in ARMS}
     tuned = {name: [] for name in ARMS}
@@ -289,7 +294,8 @@ def report(work: Path, pythons: dict[str, str], chromium: str, source: Path) -> 
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{cpu_name()}, one thread",
         "versions": {package: versions(python) for package, python in pythons.items()},
-        "site": SITE, "rows": ROWS, "held_out_rows": len(held_out), "source": source.name,
+        "site": SITE, "rows": ROWS, "held_out_rows": len(held_out), "corpus": corpus.name,
+        "store": store is not None,
         "width": WIDTH, "batch_size": BATCH, "steps": STEPS,
     }  # fmt: skip
     ratios = {f"{own} / {peer}": found for own, peer, found in comparisons(points)}
@@ -313,23 +319,25 @@ def versions(python: str) -> dict[str, str]:
 
 def page(where: dict, points: dict[str, list[dict]], tuned: dict[str, list[dict]]) -> str:
     packages = sorted({f"{name} {version}" for found in where["versions"].values() for name, version in found.items()})
+    source = "the store that the embedded suite is trained on" if where["store"] else f"`{where['corpus']}`"
     head = f"""# Training against other trainers
 
 date: {where["date"]} · machine: {where["machine"]} · {", ".join(packages)}
 
 Command: `python tests/benchmarks/bench_training_peers.py all --work <folder> --sae-lens <python>
---dictionary-learning <python>`
+--dictionary-learning <python>{" --store <folder>" if where["store"] else ""}`
 
-Rows of `{SITE}` of the embedded model, {where["rows"]:,} for training (`{where["source"]}`) and
-{where["held_out_rows"]:,} of the hold-out text. All arms see the same rows in the same order: {STEPS:,} steps of
-{BATCH:,} rows, {WIDTH:,} latents, float32. L0 and FVU are those of the inference form on the held-out rows, computed by
-one function in float64; FVU is relative to the rows' mean.
+Rows of `{SITE}` of the embedded model: {where["rows"]:,} for training from
+{source}, and {where["held_out_rows"]:,} of the hold-out text. All arms see the same rows in
+the same order: {STEPS:,} steps of {BATCH:,} rows, {WIDTH:,} latents, float32, one seed. L0 and FVU are those of the
+inference form on the held-out rows, computed by one function in float64; FVU is relative to the rows' mean.
 
 ![FVU over L0 of every arm](training_peers.png)
 
 ## Ours over theirs at matched L0
 
 Each point of one frontier against the other frontier, interpolated log-log at its L0. Below 1 our FVU is lower.
+Pairs of one kind compare trainers; the others compare TopK with JumpReLU as well.
 
 | ours | peer | points | L0 | FVU ratio, median | lowest | highest |
 |---|---|--:|--:|--:|--:|--:|"""
@@ -346,12 +354,11 @@ Each point of one frontier against the other frontier, interpolated log-log at i
             f"| {ARMS[name].label} | {p['sparsity']:g} | {p['l0']:.1f} | {p['fvu']:.4f} | {p['dead']:.3f} |"
             for p in found
         ]
-    settings = "\n".join(
-        f"- **{arm.label}**, learning rate {arm.learning_rate:g}: {arm.source}." for arm in ARMS.values()
-    )
+    rates = {name: f", learning rate {arm.learning_rate:g}" if arm.learning_rates else "" for name, arm in ARMS.items()}
+    settings = "\n".join(f"- **{arm.label}**{rates[name]}: {arm.source}." for name, arm in ARMS.items())
     lines.append(f"""
-The sparsity is λ for scope_lens' JumpReLU, `l0_coefficient` for sae-lens', the target L0 for dictionary_learning's, and
-k for TopK.
+The sparsity is λ for scope_lens' JumpReLU, `l0_coefficient` for sae-lens', k for TopK, and the
+target L0 for the others.
 
 ## Settings
 
@@ -458,7 +465,7 @@ def main() -> None:
         "rows": lambda: make_rows(given.work, given.corpus, given.store),
         "tune": lambda: tune(given.work, pythons),
         "train": lambda: train(given.work, pythons),
-        "report": lambda: report(given.work, pythons, given.chromium, given.store or given.corpus),
+        "report": lambda: report(given.work, pythons, given.chromium, given.corpus, given.store),
     }
     for stage, work in stages.items():
         if given.stage in (stage, "all"):
