@@ -14,7 +14,8 @@ A short run departs from the published recipe, because billions of tokens are no
    the larger rate brings in.
 3. Thresholds start at half of where they end up, which is the square root of the price of a latent. The estimator's
    window is wide: where latents are cheap, a narrow one holds so few rows that thresholds wander and latents die.
-4. The warm-ups are shares of the run, and batches are smaller: more updates from the same rows.
+4. The warm-ups are shares of the run, and batches are smaller: more updates from the same rows. A JumpReLU's learning
+   rate warms up for longer than the others', because a wide one that overshoots at once is dead within 100 updates.
 """
 
 import math
@@ -83,6 +84,7 @@ def short_run_settings(
             price = middling if sparsity is None else sparsity
             usual = usual_threshold(sparsity=price, target_l0=target_l0)
             settings |= {"sparsity": price, "threshold_init": usual / 2, "bandwidth": 0.07}
+            settings["lr_warmup"] = min(1_000, steps // 4)
         case "relu" | "gated":
             settings |= {"sparsity": 0.15 if sparsity is None else sparsity}
         case _:
