@@ -191,6 +191,13 @@ from store_material import RES, bridged, harvest, shrink, token_ids
 from scope_lens.training.store import harvest_folder
 shrink()
 harvest_folder._SECONDS_BETWEEN_NOTES = 0.0
+note = harvest_folder._Folder._note
+
+def slow_note(folder):  # 48 notes take longer than the first child lives, on a fast machine too
+    note(folder)
+    time.sleep(0.03)
+
+harvest_folder._Folder._note = slow_note
 model, path, kills = bridged(), Path({path!r}), 0
 while not path.exists():
     child = os.fork()
