@@ -1,6 +1,7 @@
 """`scope-lens harvest` and `scope-lens train`: what they write, how they go on, how they end."""
 
 import dataclasses
+import json
 import os
 import re
 import signal
@@ -11,7 +12,7 @@ import torch
 
 from scope_lens import HookedSAE, cli, demo
 from scope_lens.releases import load, open_suite
-from scope_lens.training import ActivationStore, TrainConfig, Trainer, checkpoints, read_log
+from scope_lens.training import ActivationStore, HeldOut, TrainConfig, Trainer, checkpoints, measure_l0, read_log
 
 HARVEST = ("--model", "demo", "--site", "res", "transcoder", "--layer", 1, "--rows", 2000)
 TRAIN = ("--site", "res", "--layer", 1, "--width", 64, "--sparsity", 1e-3, 4e-3, "--steps", 20, "--batch-size", 128)
@@ -151,6 +152,10 @@ def test_held_out_text_is_evaluated(run, harvested, stories, tmp_path):
     last = read_log(tmp_path / "run" / "log.jsonl")[-1].evaluation
     assert shown.splitlines()[1].split()[4] == f"{last.delta_loss:.4f}"
     assert "L0 is of held-out text" in shown
+    (native,) = (tmp_path / "run" / "saes").rglob("sae.safetensors")
+    fresh = measure_l0(HookedSAE.load(native.parent), on=HeldOut(model=demo.load_model(), text=[demo.text()[-1]]))
+    measured = json.loads((native.parent / "measured.json").read_text())
+    assert (measured["average_l0"], measured["measured_on"]) == fresh
     (events,) = (tmp_path / "run" / "tensorboard").iterdir()
     assert b"held_out/delta_loss" in events.read_bytes()
     code, _, err = run(*words, "--out", tmp_path / "other", "--held-out", stories)

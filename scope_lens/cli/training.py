@@ -61,10 +61,11 @@ def harvest(
     settings: dict[str, Any] = {}
     tokens: Any = stories
     if chat:
-        from scope_lens.training.store.chat import wrap_in_chat
+        from scope_lens.sae_config import UNTRAINED
+        from scope_lens.training import wrap_in_chat
 
         tokens = wrap_in_chat(loaded, stories)
-        settings["untrained"] = ("bos", "eos", "pad", "chat_prefix")
+        settings["untrained"] = (*UNTRAINED, "chat_prefix")
     try:
         store = ActivationStore.harvest(
             loaded,
@@ -200,7 +201,9 @@ def train(
     from scope_lens.training import read_log, save_suite
 
     last = {result.index: result for result in read_log(out / "log.jsonl")}
-    saved = save_suite(trainer.result(), out / "saes", on=text or opened)
+    # Each dictionary's last update was evaluated.
+    on = opened if text is None else [trainer.evaluations[index] for index in range(len(configs))]
+    saved = save_suite(trainer.result(), out / "saes", on=on)
     _table_of([last[index] for index in range(len(configs))], saved)
 
 

@@ -19,15 +19,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from scope_lens.evaluation import EvalResult
 from scope_lens.releases.release import FILE_NAME, width_name
 from scope_lens.releases.sites import Hooks, place_of
 from scope_lens.sae import HookedSAE
+from scope_lens.sae_config import UNTRAINED
 from scope_lens.training.held_out import HeldOut
 from scope_lens.training.store import ActivationStore
 from scope_lens.whole_file import whole_file
 
 _ARRAYS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
-_UNTRAINED = {"bos", "eos", "pad"}  # what a reader of the layout takes for granted
 _BATCH = 4_096
 
 
@@ -100,7 +101,11 @@ def save_gemma_scope(sae: HookedSAE, folder: str | Path) -> Path:
 
 
 def save_suite(
-    saes: Sequence[HookedSAE], folder: str | Path, *, on: ActivationStore | HeldOut, rows: int = 100_000
+    saes: Sequence[HookedSAE],
+    folder: str | Path,
+    *,
+    on: ActivationStore | HeldOut | Sequence[EvalResult],
+    rows: int = 100_000,
 ) -> list[Saved]:
     """Measure each dictionary's L0 and write it in both formats, for `releases.open_suite` and `HookedSAE.load`.
 
@@ -108,13 +113,17 @@ def save_suite(
         saes: What `Trainer.result` gave.
         folder: Of the suite; created if missing. What it holds at the same path is replaced. Of several dictionaries
             that agree in site, layer, width and rounded L0 the second goes below `twin_2/`, and so on.
-        on: What the L0 is measured on: rows of the store, or held-out text.
+        on: What the L0 is measured on: rows of the store, or held-out text; or what each dictionary's evaluation on
+            held-out text has measured already.
         rows: Most rows of a store to measure on.
 
     Returns:
         A record of each dictionary.
     """
-    measured = [measure_l0(sae, on=on, rows=rows) for sae in saes]
+    if isinstance(on, ActivationStore | HeldOut):
+        measured = [measure_l0(sae, on=on, rows=rows) for sae in saes]
+    else:
+        measured = [_l0_of(result) for result in on]
     times: Counter[str] = Counter()
     saved: list[Saved] = []
     for sae, l0 in zip(saes, measured, strict=True):
@@ -136,9 +145,7 @@ def measure_l0(sae: HookedSAE, *, on: ActivationStore | HeldOut, rows: int = 100
         KeyError: The store lacks the site.
     """
     if isinstance(on, HeldOut):
-        result = on.evaluate(sae)
-        (l0,) = result.l0.values()
-        return MeasuredL0(l0, f"held-out text, {result.n_tokens:,} predictions, {result.tokens_hash}")
+        return _l0_of(on.evaluate(sae))
     counted = active = 0
     for (batch,) in on.batches(sae.cfg.hook_in, size=_BATCH):
         x = batch[: rows - counted].to(sae.W_enc.device)
@@ -148,6 +155,11 @@ def measure_l0(sae: HookedSAE, *, on: ActivationStore | HeldOut, rows: int = 100
         if counted >= rows:
             break
     return MeasuredL0(active / counted, f"{counted:,} rows of the activation store {on.manifest.source}")
+
+
+def _l0_of(result: EvalResult) -> MeasuredL0:
+    (l0,) = result.l0.values()
+    return MeasuredL0(l0, f"held-out text, {result.n_tokens:,} predictions, {result.tokens_hash}")
 
 
 def _save(sae: HookedSAE, l0: MeasuredL0, path: str, folder: Path) -> Saved:
@@ -194,6 +206,6 @@ def _unplaced(sae: HookedSAE) -> str:
         return f"the hooks {hooks.hook_in} and {hooks.hook_out}, which are no site of its layout"
     if place.site == "embedding":
         return "dictionaries of hook_embed: its embedding files are for embeddings before Gemma's scaling"
-    if set(sae.cfg.untrained) != _UNTRAINED:
+    if set(sae.cfg.untrained) != set(UNTRAINED):  # which a reader of the layout takes for granted
         return f"untrained={sae.cfg.untrained}"
     return ""
