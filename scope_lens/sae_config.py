@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 Activation = Literal["relu", "jumprelu", "topk", "batchtopk"]
 SpecialPosition = Literal["bos", "eos", "pad", "chat_prefix"]
+UNTRAINED: tuple[SpecialPosition, ...] = ("bos", "eos", "pad")  # what no published dictionary was trained on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,7 @@ class SAEConfig:
     model: str = ""
     release: str = ""
     path: str = ""
-    untrained: tuple[SpecialPosition, ...] = ("bos", "eos", "pad")
+    untrained: tuple[SpecialPosition, ...] = UNTRAINED
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "untrained", tuple(self.untrained))

@@ -24,7 +24,7 @@ from scope_lens.releases.npz import read_npz
 from scope_lens.releases.release import Release
 from scope_lens.releases.sites import REPOS, activation_width, full_name, hooks_for, unknown
 from scope_lens.sae import HookedSAE
-from scope_lens.sae_config import SpecialPosition
+from scope_lens.sae_config import UNTRAINED, SpecialPosition
 
 
 def load(
@@ -103,7 +103,7 @@ def _checked(release: Release) -> Release:
 def _untrained(release: Release) -> tuple[SpecialPosition, ...]:
     # Gemma Scope, section 4.5: the dictionaries of the instruction-tuned model never saw the user prefix.
     tuned = release.model == "google/gemma-2-9b-it"
-    return ("bos", "eos", "pad", "chat_prefix") if tuned else ("bos", "eos", "pad")
+    return (*UNTRAINED, "chat_prefix") if tuned else UNTRAINED
 
 
 def _embedding_scale(release: Release, width: int | None) -> float:

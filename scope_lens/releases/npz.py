@@ -25,7 +25,7 @@ from torch import Tensor
 from scope_lens.releases.placement import check_device, check_dtype
 from scope_lens.releases.release import FILE_NAME
 from scope_lens.sae import HookedSAE
-from scope_lens.sae_config import SAEConfig, SpecialPosition
+from scope_lens.sae_config import UNTRAINED, SAEConfig, SpecialPosition
 
 ARRAYS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
 _LARGE = ("W_enc", "W_dec")
@@ -66,7 +66,7 @@ def read_npz(
     model: str = "",
     release: str = "",
     path: str = "",
-    untrained: tuple[SpecialPosition, ...] = ("bos", "eos", "pad"),
+    untrained: tuple[SpecialPosition, ...] = UNTRAINED,
     width: int | None = None,
     scale: float = 1.0,
     device: str | torch.device = "cpu",

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from scope_lens.releases.release import parse_width
 from scope_lens.releases.sites import Site, hooks_for
-from scope_lens.sae_config import SpecialPosition
+from scope_lens.sae_config import UNTRAINED, SpecialPosition
 from scope_lens.training.presets import (
     gemma_scope_2_settings,
     published_steps,
@@ -23,7 +23,6 @@ from scope_lens.training.sparsity import SparsityTerm
 Activation = Literal["jumprelu", "topk", "batchtopk", "relu", "gated"]
 
 _NEAR_ENOUGH = 3.0  # a threshold this factor off costs little
-_SPECIAL: tuple[SpecialPosition, ...] = ("bos", "eos", "pad")
 _WITH_K = ("topk", "batchtopk")
 _POSITIVE = (
     "width", "steps", "batch_size", "learning_rate", "adam_eps", "bandwidth", "threshold_init", "dead_after",
@@ -96,7 +95,7 @@ class TrainConfig:
     skip: bool = False
     aux_k: int = 0
     aux_coefficient: float = 1 / 32
-    untrained: tuple[SpecialPosition, ...] = _SPECIAL
+    untrained: tuple[SpecialPosition, ...] = UNTRAINED
     dead_after: int = 1_000_000
     seed: int = 0
 
@@ -161,7 +160,7 @@ class TrainConfig:
         Source: Gemma Scope (arXiv 2408.05147), section 4.5.
         """
         published = cls.gemma_scope(site=site, layer=layer, width=width, sparsity=sparsity, seed=seed)
-        return replace(published, untrained=(*_SPECIAL, "chat_prefix"))
+        return replace(published, untrained=(*UNTRAINED, "chat_prefix"))
 
     @classmethod
     def gemma_scope_2(

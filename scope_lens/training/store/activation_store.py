@@ -22,6 +22,7 @@ from torch import Tensor
 from scope_lens.fingerprints import model_fingerprint
 from scope_lens.model import ScopeModel
 from scope_lens.packing import Tokens
+from scope_lens.sae_config import UNTRAINED
 from scope_lens.training.store.corpus import Corpus, Origin
 from scope_lens.training.store.harvest import Harvest, harvest_memory, square_sum
 from scope_lens.training.store.harvest_folder import harvest_folder, read_documents
@@ -33,7 +34,6 @@ from scope_lens.training.store.windows import DiskRows, MemoryRows, Rows
 from scope_lens.training.store.zarr_rows import arrays_of, check_whole
 
 Batch = tuple[Float[Tensor, "batch d"], ...]
-UNTRAINED = ("bos", "eos", "pad")
 
 
 class ActivationStore:

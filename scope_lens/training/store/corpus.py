@@ -9,7 +9,7 @@
 
 import hashlib
 from collections.abc import Collection, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from jaxtyping import Int
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from scope_lens.model import ScopeModel
 from scope_lens.packing import Tokens, leading_pad, pack_documents, token_rows
+from scope_lens.sae_config import UNTRAINED, SpecialPosition
 from scope_lens.special_tokens import special_token_ids, untrained_positions
 from scope_lens.training.store.seeds import generator
 
@@ -71,7 +72,7 @@ class Corpus:
     """
 
     def __init__(self, model: ScopeModel, text_or_tokens: Tokens, *, untrained: Collection[str]) -> None:
-        unknown = sorted(set(untrained) - {"bos", "eos", "pad", "chat_prefix"})
+        unknown = sorted(set(untrained) - set(get_args(SpecialPosition)))
         if unknown:
             raise ValueError(f"untrained names {unknown}; the kinds are 'bos', 'eos', 'pad' and 'chat_prefix'.")
         groups, documents, positions = _sequences(model, text_or_tokens)
@@ -90,9 +91,7 @@ class Corpus:
         self._start = self._length.cumsum(0) - self._length
         self.sequences = len(self._length)
         self.n_documents = int(self.document.max()) + 1
-        self._ordinary = ~_flat(
-            [untrained_positions(group, special, ("bos", "eos", "pad")) for group in groups], torch.bool
-        )
+        self._ordinary = ~_flat([untrained_positions(group, special, UNTRAINED) for group in groups], torch.bool)
         self._count()
         if not self.rows:
             shapes = " ".join(str(tuple(group.shape)) for group in groups)
