@@ -1,7 +1,7 @@
 """Shared material: small random models of every architecture, random dictionaries, the real data beside the repo."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -34,6 +34,15 @@ def shared_data() -> Path:
 @pytest.fixture(autouse=True)
 def _one_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """What has to be equal bit for bit needs a fixed number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def randomise_norms(model: PreTrainedModel) -> PreTrainedModel:

@@ -14,6 +14,8 @@ import torch
 
 from scope_lens.training import ActivationStore, TrainConfig, Trainer, checkpoint, checkpoints, read_log
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 A = "blocks.0.hook_resid_post"
 CFG = TrainConfig(
     hook_in=A, hook_out=A, width=32, sparsity=0.01, steps=25, batch_size=16, learning_rate=3e-3, lr_warmup=5,
@@ -24,14 +26,6 @@ CFG = TrainConfig(
 @pytest.fixture
 def store():
     return ActivationStore.from_rows({A: 3 * torch.randn(100, 8)})
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def finish(trainer, store):

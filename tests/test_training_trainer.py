@@ -11,6 +11,8 @@ import torch
 
 from scope_lens.training import ActivationStore, TrainConfig, Trainer, checkpoints, read_log
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 A, B = "blocks.0.hook_resid_post", "blocks.1.hook_mlp_out"
 CFG = TrainConfig(
     hook_in=A, hook_out=A, width=32, sparsity=0.01, steps=25, batch_size=16, learning_rate=3e-3, lr_warmup=5,
@@ -28,14 +30,6 @@ def store_of(n, **sites):
 def store():
     x = 3 * torch.randn(100, 8)
     return store_of(100, a=x, b=x @ torch.randn(8, 5))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def finish(trainer, store):

@@ -5,6 +5,8 @@
     scope-lens info gemma-2-2b/20-gemmascope-res-16k           one dictionary
     scope-lens evaluate google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71 \
         --model google/gemma-2-2b --text stories.txt --json results.json --html fidelity.html
+    scope-lens harvest --model demo --text demo --site res --layer 2 --out store
+    scope-lens train --store store --site res --layer 2 --width 1k --sparsity 3e-3 --out run
 
 Tables go to standard output, progress bars and errors to standard error. What a user can get wrong ends with one line
 and exit code 1 (2 for the command line itself), Ctrl-C with 130. Nothing heavy is imported before a verb needs it.

@@ -139,14 +139,14 @@ def _report(results: "Iterable[Named]", *, html: Path | None, total: int, kept: 
         raise KeyboardInterrupt(f"interrupted after {len(done)} of {total} dictionaries{resume}") from None
     finally:
         if done:
-            _fidelitytable(done)
+            _fidelity_table(done)
             if html is not None:
                 from scope_lens import figures
 
                 figures.write_html(figures.fidelity([named.result for named in done]), html)
 
 
-def _fidelitytable(done: "Sequence[Named]") -> None:
+def _fidelity_table(done: "Sequence[Named]") -> None:
     from scope_lens.releases import Hooks, place_of, width_name
 
     header = (

@@ -336,7 +336,7 @@ class Trainer:
             loss=reading.loss,
             fvu=reading.fvu,
             l0=reading.l0,
-            dead=float(learner.dead()),
+            dead=learner.dead(),
             tokens_per_second=cfg.batch_size * (self.step - step) / (self._seconds - seconds),
             evaluation=self.evaluations[index] if self._evaluates(cfg) else None,
         )
