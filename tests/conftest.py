@@ -1,6 +1,7 @@
 """Shared material: small random models of every architecture, random dictionaries, the real data beside the repo."""
 
 import copy
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,6 +23,10 @@ from scope_lens.model import ScopeModel
 from scope_lens.sae import HookedSAE, SAEConfig
 
 VOCAB = 199
+
+# Kernels run in Triton's interpreter where there is no GPU. Triton looks at this when it is first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")
