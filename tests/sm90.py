@@ -40,7 +40,7 @@ class Launch(NamedTuple):
     stack: int  # bytes of a thread in local memory: what did not fit into registers was spilled there
     shared: int  # bytes of a block
     dots: int  # tile products in the source
-    wgmma: int  # warp-group products (sm_90's full-rate tensor cores) in the machine code's listing
+    wgmma: int  # warp-group products (sm_90's full-rate tensor cores) in the PTX
     mma: int  # older tensor-core products, at about half that rate
 
     @property
@@ -87,8 +87,8 @@ def compiled_launches() -> Iterator[list[Launch]]:
     try:
         with (
             mock.patch.object(JITFunction, "run", compile_only),
-            mock.patch.object(torch.cuda, "get_device_properties", lambda *_: _H200),
-            mock.patch.object(torch.cuda, "device", lambda *_: nullcontext()),
+            mock.patch.object(torch.cuda, "get_device_properties", return_value=_H200),
+            mock.patch.object(torch.cuda, "device", return_value=nullcontext()),
         ):
             yield launches
     finally:

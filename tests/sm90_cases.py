@@ -1,4 +1,4 @@
-"""What the kernels' compile test launches: every function that launches one, at the sizes of docs/benchmarks/cuda_step.md.
+"""What the compile test launches: every function with a kernel, at the sizes of docs/benchmarks/cuda_step.md.
 
     python tests/sm90_cases.py [--json] [name ...]
 
