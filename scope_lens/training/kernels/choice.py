@@ -1,0 +1,41 @@
+"""Which kernels a run takes: Triton's on a CUDA GPU, torch's own operations elsewhere."""
+
+from importlib.util import find_spec
+from typing import Literal, get_args
+
+import torch
+
+Choice = Literal["auto", "eager", "triton"]
+
+NO_CUDA = "No CUDA device here: training runs on torch's own operations, without the fused kernels."
+
+
+def resolve(choice: Choice, device: torch.device) -> Literal["eager", "triton"]:
+    """Say which kernels a run on `device` takes.
+
+    Args:
+        choice: "auto" takes Triton's kernels on CUDA and torch's own operations elsewhere.
+        device: Where the dictionaries are.
+
+    Raises:
+        ValueError: Triton's kernels are asked for and cannot run there, or the name is unknown.
+    """
+    if choice not in get_args(Choice):
+        raise ValueError(f"kernels={choice!r} is unknown; expected {', '.join(map(repr, get_args(Choice)))}.")
+    obstacle = _obstacle(device)
+    if choice == "triton" and obstacle:
+        raise ValueError(f"kernels='triton' cannot run here: {obstacle}, or pass kernels='auto'.")
+    return "eager" if choice == "eager" or obstacle else "triton"
+
+
+def _obstacle(device: torch.device) -> str | None:
+    """What stands in the way of Triton's kernels, with the remedy; None where nothing does."""
+    if device.type != "cuda":
+        found = "there is a CUDA device" if torch.cuda.is_available() else "torch finds no CUDA device"
+        return (
+            f"the dictionaries are on {device.type!r} and the kernels need CUDA ({found}). Pass device='cuda' on a "
+            "machine with an NVIDIA GPU and PyTorch built for it"
+        )
+    if find_spec("triton") is None:
+        return "Triton is not installed. Install it (pip install triton)"
+    return None
