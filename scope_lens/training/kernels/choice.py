@@ -5,12 +5,12 @@ from typing import Literal, get_args
 
 import torch
 
-Choice = Literal["auto", "eager", "triton"]
+KernelChoice = Literal["auto", "eager", "triton"]
 
 NO_CUDA = "No CUDA device here: training runs on torch's own operations, without the fused kernels."
 
 
-def resolve(choice: Choice, device: torch.device) -> Literal["eager", "triton"]:
+def resolve(choice: str, device: torch.device) -> Literal["eager", "triton"]:
     """Say which kernels a run on `device` takes.
 
     Args:
@@ -20,8 +20,8 @@ def resolve(choice: Choice, device: torch.device) -> Literal["eager", "triton"]:
     Raises:
         ValueError: Triton's kernels are asked for and cannot run there, or the name is unknown.
     """
-    if choice not in get_args(Choice):
-        raise ValueError(f"kernels={choice!r} is unknown; expected {', '.join(map(repr, get_args(Choice)))}.")
+    if choice not in get_args(KernelChoice):
+        raise ValueError(f"kernels={choice!r} is unknown; expected {', '.join(map(repr, get_args(KernelChoice)))}.")
     obstacle = _obstacle(device)
     if choice == "triton" and obstacle:
         raise ValueError(f"kernels='triton' cannot run here: {obstacle}, or pass kernels='auto'.")
