@@ -65,7 +65,7 @@ def latent_gradients(operands: torch.dtype) -> None:
 
 
 def latent_sums(operands: torch.dtype) -> None:
-    from scope_lens.training.kernels.decode_triton import latent_sums
+    from scope_lens.training.kernels.sums_triton import latent_sums
 
     latent_sums(_entries(), meta(B, CAPACITY), _columns(), meta(M), meta(B), half_window=HALF_WINDOW)
 
