@@ -35,6 +35,7 @@ from torch.nn.functional import embedding_bag
 
 from scope_lens.sae import HookedSAE
 from scope_lens.training.losses import LossParts
+from scope_lens.training.ranks import ALONE, Ranks
 from scope_lens.training.sparsity import SparsityTerm
 
 _CHUNK_ENTRIES = 2**21  # pre-activations of a chunk: 8 MB in float32
@@ -76,19 +77,21 @@ def jumprelu_step(
     sparsity: SparsityTerm,
     bandwidth: float,
     workspace: StepWorkspace,
+    ranks: Ranks = ALONE,
 ) -> LossParts:
     """`mean ||y - y_hat||^2 + sparsity`, and its gradients in the place of what the weights' `.grad` held.
 
     Args:
-        sae: The dictionary in its training form, on the CPU.
+        sae: The dictionary in its training form, or this rank's shard of it, on the CPU.
         batch: Encoder inputs and targets, normalised; the same tensor twice for an autoencoder.
         threshold: Thresholds, none negative.
         threshold_grad: Where the gradient with respect to `threshold` is written.
         sparsity: The sparsity term with its coefficients.
         bandwidth: Width of the estimator's window, in units of the normalised pre-activation.
         workspace: Buffers made for this dictionary.
+        ranks: Whose rows and latents these are; the gradients are those of this rank's rows.
     """
-    step = _Step(sae, batch, threshold=threshold, sparsity=sparsity, bandwidth=bandwidth)
+    step = _Step(sae, batch, threshold=threshold, sparsity=sparsity, bandwidth=bandwidth, ranks=ranks)
     for start in range(0, step.count, workspace.chunk_rows):
         step.add_chunk(slice(start, start + workspace.chunk_rows), workspace)
     step.add_entries()
@@ -127,10 +130,16 @@ class _Step:
         threshold: Tensor,
         sparsity: SparsityTerm,
         bandwidth: float,
+        ranks: Ranks,
     ) -> None:
         self.sae, self.threshold, self.sparsity, self.bandwidth = sae, threshold, sparsity, bandwidth
+        self.ranks = ranks
         self.x, self.y = batch
         self.count = len(self.x)
+        self.total = self.count * ranks.n_data  # n: rows of the whole batch
+        # Reconstructions are summed over the shards, and so the first one alone adds what all of them have.
+        self.adds_bias = ranks.latent_rank == 0
+        self.bias = sae.b_dec if self.adds_bias else torch.zeros_like(sae.b_dec)
         self.seen = self.x - sae.b_dec if sae.cfg.pre_encoder_bias else self.x
         # At or below this a latent is silent and outside the window, however the difference is rounded.
         self.low = threshold - bandwidth / 2 - (threshold + bandwidth) * 1e-6
@@ -173,7 +182,7 @@ class _Step:
         offsets = torch.searchsorted(row, torch.arange(count + 1))
         act = values * active
         recons = embedding_bag(latent, self.sae.W_dec, offsets[:-1], mode="sum", per_sample_weights=act)
-        d_recons = self._d_recons(rows, recons.add_(self.sae.b_dec))
+        d_recons = self._d_recons(rows, recons.add_(self.bias))
         # d f = d y_hat @ W_dec^T at the entries alone.
         where_only = torch.sparse_csr_tensor(offsets, latent, act, (count, d_sae), check_invariants=False)
         d_act = torch.sparse.sampled_addmm(where_only, d_recons, self.sae.W_dec.T, beta=0.0).values()
@@ -188,7 +197,7 @@ class _Step:
         torch.mv(active, pre.new_ones(pre.shape[1]), out=self.l0[rows])
         totals.fired.addmv_(active.T, ones)
         acts = _where_positive(pre, gap, 0.0, grad_input=pre)
-        d_recons = self._d_recons(rows, torch.addmm(self.sae.b_dec, acts, self.sae.W_dec))
+        d_recons = self._d_recons(rows, torch.addmm(self.bias, acts, self.sae.W_dec))
         beta = int(self.weights_begun)
         self.grads["W_dec"].addmm_(acts.T, d_recons, beta=beta)
         inside = _where_between(pre.new_ones(1, 1), gap, -half, half, grad_input=spare)
@@ -202,18 +211,23 @@ class _Step:
         self.weights_begun = True
 
     def _d_recons(self, rows: slice, recons: Tensor) -> Tensor:
-        """`2 (y_hat - y) / n`, from the reconstruction without a skip term, which is overwritten."""
-        if self.sae.W_skip is not None:
+        """`2 (y_hat - y) / n`, from this shard's reconstruction without a skip term, which is overwritten.
+
+        The rows' L0 is summed over the shards too.
+        """
+        if self.sae.W_skip is not None and self.adds_bias:
             recons.addmm_(self.x[rows], self.sae.W_skip)
+        self.ranks.sum_over_latents_(recons)
+        self.ranks.sum_over_latents_(self.l0[rows])
         recons.sub_(self.y[rows])
-        return torch.mul(recons, 2 / self.count, out=self.d_recons[rows])
+        return torch.mul(recons, 2 / self.total, out=self.d_recons[rows])
 
     def _slopes(self, l0: Tensor) -> Tensor:
         """`d sparsity / d L0` of each row."""
         term = self.sparsity
         if term.target_l0 is None:
-            return torch.full_like(l0, term.coefficient / self.count)
-        return (l0 - term.target_l0) * (2 * term.coefficient * term.quadratic_factor / self.count)
+            return torch.full_like(l0, term.coefficient / self.total)
+        return (l0 - term.target_l0) * (2 * term.coefficient * term.quadratic_factor / self.total)
 
     # ---- the batch ----
 
@@ -247,19 +261,25 @@ class _Step:
 
     def finish(self, threshold_grad: Tensor) -> LossParts:
         """Write the gradients that need the whole batch, and give the loss."""
-        totals, frequency = self.totals, self.totals.fired / self.count
+        totals, ranks, fired = self.totals, self.ranks, self.totals.fired > 0
+        if self.sparsity.frequency:
+            ranks.sum_over_rows_(totals.fired)
+        frequency = totals.fired / self.total
         # frequency_penalty / limit * sum_i p_i^2, with p_i = fired / n
-        price = 2 * self.sparsity.frequency / self.sparsity.limit * frequency / self.count
+        price = 2 * self.sparsity.frequency / self.sparsity.limit * frequency / self.total
         slope = self.threshold * totals.d_act + totals.slope + price * totals.inside
         torch.mul(slope, -1 / self.bandwidth, out=threshold_grad)
         torch.sum(self.d_recons, 0, out=self.grads["b_dec"])
         if self.sae.cfg.pre_encoder_bias:
+            if not self.adds_bias:
+                self.grads["b_dec"].zero_()
             self.grads["b_dec"].addmv_(self.sae.W_enc, self.grads["b_enc"], alpha=-1)
+            ranks.sum_over_latents_(self.grads["b_dec"])
         if self.sae.W_skip is not None:
             torch.mm(self.x.T, self.d_recons, out=self.grads["W_skip"])
-        squared_error = self.d_recons.square().sum() * (self.count / 4)
-        loss = squared_error + self.sparsity.value(self.l0, frequency)
-        return LossParts(loss, squared_error, self.l0.mean(), totals.fired > 0)
+        squared_error = self.d_recons.square().sum() * (self.total / 4)
+        loss = squared_error + self.sparsity.value(self.l0, frequency, ranks=ranks)
+        return LossParts(loss, squared_error, ranks.part(self.l0.mean()), fired)
 
 
 def _grad_buffer(parameter: Tensor) -> Tensor:

@@ -3,16 +3,19 @@
 An update (Gemma Scope, arXiv 2408.05147, section 3.2):
 
 1. Loss and gradients on normalised rows (`scope_lens.training.objectives`).
-2. The part of each `W_dec` row's gradient that is parallel to the row is taken out.
-3. Adam.
-4. `W_dec` rows are rescaled to unit norm.
+2. On several ranks, the gradients are summed over those that have other rows (`scope_lens.training.ranks`).
+3. The part of each `W_dec` row's gradient that is parallel to the row is taken out.
+4. Adam.
+5. `W_dec` rows are rescaled to unit norm.
 
-The baselines are trained by the same four steps. Normalisation divides by one fixed number: the root mean squared norm
+The baselines are trained by the same steps. Normalisation divides by one fixed number: the root mean squared norm
 of the encoder's input. A transcoder's target is divided by the same number (Appendix B).
 
 After the initialisation nothing is drawn at random, so a learner's state holds no generator; on the CPU an update is
 the same bit for bit, whatever else is trained. No part of an update waits for the device.
 """
+
+import dataclasses
 
 import torch
 from jaxtyping import Bool, Float
@@ -23,10 +26,11 @@ from scope_lens.training.config import TrainConfig
 from scope_lens.training.initialisation import initialise, normalise_rows, project_out_rows
 from scope_lens.training.losses import LossParts
 from scope_lens.training.objectives import objective_for
+from scope_lens.training.ranks import ALONE, Ranks
 
 
 class Learner:
-    """A dictionary in its training form with its optimiser.
+    """A dictionary in its training form with its optimiser; on several ranks, this rank's latents of it.
 
     Args:
         cfg: Settings.
@@ -35,6 +39,10 @@ class Learner:
         scale: What inputs and targets are divided by.
         model: Name of the language model, for the dictionary's config.
         device: Where it is trained; the initial values are drawn on the CPU, so they do not depend on it.
+        ranks: Which rows and latents this process has.
+
+    Raises:
+        ValueError: Width, batch or k do not fit the ranks.
     """
 
     def __init__(
@@ -46,10 +54,13 @@ class Learner:
         scale: float,
         model: str,
         device: str | torch.device = "cpu",
+        ranks: Ranks = ALONE,
     ) -> None:
+        check_divides(cfg, ranks)
         self.cfg = cfg
         self.scale = scale
-        self.sae = HookedSAE(
+        self.ranks = ranks
+        whole = HookedSAE(
             SAEConfig(
                 d_in=d_in,
                 d_out=d_out,
@@ -65,16 +76,18 @@ class Learner:
                 untrained=cfg.untrained,
             )
         )
-        initialise(self.sae, seed=cfg.seed)
+        # Every rank draws the whole dictionary, so that it does not depend on the number of ranks.
+        initialise(whole, seed=cfg.seed)
+        self.sae = _shard(whole, ranks)
         self.sae.to(device)
-        self.objective = objective_for(self.sae, cfg)
+        self.objective = objective_for(self.sae, cfg, ranks)
         # A JumpReLU's own threshold is not trained: Adam sees it, or its logarithm, as the objective's theta.
         self.parameters = {name: p for name, p in self.sae.named_parameters() if name != "threshold"}
         self.parameters |= self.objective.parameters
         self.adam = torch.optim.Adam(
             self.parameters.values(), lr=cfg.learning_rate, betas=cfg.betas, eps=cfg.adam_eps, fused=True
         )
-        self.last_fired = torch.zeros(cfg.width, dtype=torch.int64, device=device)
+        self.last_fired = torch.zeros(self.sae.cfg.d_sae, dtype=torch.int64, device=device)
         self.step = 0  # updates made
         self._half_made = False
         self._loss: Tensor | None = None
@@ -87,6 +100,8 @@ class Learner:
     def update(self, x: Float[Tensor, "batch d_in"], y: Float[Tensor, "batch d_out"]) -> LossParts:
         """Make one update on rows of raw activations, and give the loss before it, detached.
 
+        On several ranks all of them make it together, each with its rows, and the loss is this rank's share.
+
         Args:
             x: Encoder inputs.
             y: Targets; the same tensor for an autoencoder.
@@ -95,6 +110,9 @@ class Learner:
         targets = inputs if y is x else y / self.scale
         parts = self.objective.gradients((inputs, targets), step=self.step, dead=self._maybe_dead())
         with torch.no_grad():
+            for parameter in self.parameters.values():
+                assert parameter.grad is not None
+                self.ranks.sum_over_rows_(parameter.grad)
             project_out_rows(self.sae.W_dec)
             self.adam.param_groups[0]["lr"] = self.cfg.learning_rate_at(self.step)
             self._half_made = True
@@ -102,28 +120,29 @@ class Learner:
             normalise_rows(self.sae.W_dec)
             self.objective.constrain()
             self.step += 1
-            self.last_fired.masked_fill_(parts.fired, self._rows_seen())
+            self.last_fired.masked_fill_(self.ranks.any_over_rows(parts.fired), self._rows_seen())
             self._loss = parts.loss
             self._half_made = False
         return parts
 
     def dead(self) -> float:
-        """Give the fraction of latents that did not fire in the last `dead_after` rows."""
-        return float(self.dead_latents().double().mean())
+        """Give the fraction of the whole dictionary's latents that did not fire in the last `dead_after` rows."""
+        return float(self.ranks.sum_over_latents_(self.dead_latents().double().sum()) / self.cfg.width)
 
     def dead_latents(self) -> Bool[Tensor, " d_sae"]:
-        """Say which latents did not fire in the last `dead_after` rows."""
+        """Say which of this rank's latents did not fire in the last `dead_after` rows."""
         return self._rows_seen() - self.last_fired >= self.cfg.dead_after
 
     def result(self) -> HookedSAE:
         """Give the dictionary in its inference form: it reads and writes raw activations.
 
-        All kinds but TopK come as JumpReLU dictionaries (`scope_lens.training.objectives`).
+        All kinds but TopK come as JumpReLU dictionaries (`scope_lens.training.objectives`). On several ranks all of
+        them ask for it together, and each gets the whole dictionary.
         """
-        return self.objective.inference().to_inference(self.scale)
+        return _whole(self.objective.inference().to_inference(self.scale), self.ranks)
 
     def state(self) -> dict[str, Tensor]:
-        """Give everything an update depends on, by name."""
+        """Give everything an update depends on, by name; of the tensors that count latents, this rank's part."""
         tensors = {name: parameter.detach() for name, parameter in self.parameters.items()}
         for name, parameter in self.parameters.items():
             for key, value in self.adam.state[parameter].items():
@@ -131,7 +150,7 @@ class Learner:
         return tensors | self.objective.buffers | {"last_fired": self.last_fired, "step": torch.tensor(self.step)}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take up the state that another learner of the same settings gave.
+        """Take up the state that another learner of the same settings gave, or this rank's part of it.
 
         Raises:
             KeyError: A tensor is missing.
@@ -156,7 +175,42 @@ class Learner:
         if self._rows_seen() < self.cfg.dead_after:
             return None
         dead = self.dead_latents()
-        return None if dead.device.type == "cpu" and not dead.any() else dead
+        # Another shard may have dead latents where this one has none, and what follows is done together.
+        known = dead.device.type == "cpu" and self.ranks.n_latent == 1
+        return None if known and not dead.any() else dead
 
     def _rows_seen(self) -> int:
         return self.step * self.cfg.batch_size
+
+
+def check_divides(cfg: TrainConfig, ranks: Ranks) -> None:
+    """Check that a dictionary and its batches can be divided among the ranks.
+
+    Raises:
+        ValueError: Width or batch do not divide, or a shard has fewer than k latents.
+    """
+    ranks.rows(cfg.batch_size)
+    own = ranks.latents(cfg.width)
+    if cfg.k is not None and cfg.k > own.stop - own.start:
+        raise ValueError(
+            f"k={cfg.k} is more than the {own.stop - own.start:,} latents of each of {ranks.n_latent} latent shards; "
+            "choose fewer shards."
+        )
+
+
+def _shard(whole: HookedSAE, ranks: Ranks) -> HookedSAE:
+    if ranks.n_latent == 1:
+        return whole
+    own = ranks.latents(whole.cfg.d_sae)
+    sae = HookedSAE(dataclasses.replace(whole.cfg, d_sae=own.stop - own.start))
+    sae.load_state_dict({name: ranks.shard(name, tensor) for name, tensor in whole.state_dict().items()})
+    return sae
+
+
+def _whole(shard: HookedSAE, ranks: Ranks) -> HookedSAE:
+    if ranks.n_latent == 1:
+        return shard
+    sae = HookedSAE(dataclasses.replace(shard.cfg, d_sae=shard.cfg.d_sae * ranks.n_latent))
+    sae.to(shard.device, shard.dtype)
+    sae.load_state_dict({name: ranks.whole(name, tensor) for name, tensor in shard.state_dict().items()})
+    return sae

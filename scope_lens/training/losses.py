@@ -23,11 +23,15 @@ from torch import Tensor
 
 from scope_lens.sae import HookedSAE
 from scope_lens.training.prefixes import prefix_errors
+from scope_lens.training.ranks import ALONE, Ranks
 from scope_lens.training.sparsity import SparsityTerm
 
 
 class LossParts(NamedTuple):
     """One evaluation of the loss; what an update gives is detached.
+
+    On several ranks the three numbers are this rank's shares: over the ranks with other rows they sum to those of the
+    whole batch. `fired` is about this rank's latents.
 
     Attributes:
         loss: What is differentiated.
@@ -97,14 +101,21 @@ def jumprelu_firing(pre: Float[Tensor, "batch d_sae"], threshold: Float[Tensor, 
     return Firing(*_JumpReLU.apply(pre, threshold, bandwidth))
 
 
-def training_pre(sae: HookedSAE, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
+def training_pre(
+    sae: HookedSAE, x: Float[Tensor, "batch d_in"], *, ranks: Ranks = ALONE
+) -> Float[Tensor, "batch d_sae"]:
     """`pre = (x - b_dec) @ W_enc + b_enc`; without the pre-encoder bias `x @ W_enc + b_enc`.
 
     The product of `b_dec` and `W_enc` is taken once and not for every row of the backward pass.
+
+    Args:
+        sae: The dictionary in its training form, or this rank's shard of it.
+        x: Encoder inputs, normalised.
+        ranks: Whose rows and latents these are.
     """
     bias = sae.b_enc
     if sae.cfg.pre_encoder_bias:
-        bias = bias - sae.b_dec @ sae.W_enc
+        bias = bias - ranks.share(sae.b_dec) @ sae.W_enc
     return torch.nn.functional.linear(x, sae.W_enc.T, bias)
 
 
@@ -116,23 +127,28 @@ def jumprelu_loss(
     sparsity: SparsityTerm,
     bandwidth: float,
     prefixes: tuple[int, ...] = (),
+    ranks: Ranks = ALONE,
 ) -> LossParts:
     """`mean ||y - y_hat||^2 + sparsity`, and the errors of nested prefixes where there are any.
 
     Args:
-        sae: The dictionary in its training form.
+        sae: The dictionary in its training form, or this rank's shard of it.
         batch: Encoder inputs and targets, normalised; the same tensor twice for an autoencoder.
         threshold: Thresholds; a tensor of its own, so that they may be trained directly or as a logarithm.
         sparsity: The sparsity term with its coefficients.
         bandwidth: Width of the estimator's window, in units of the normalised pre-activation.
         prefixes: Widths of the nested prefixes of Matryoshka training.
+        ranks: Whose rows and latents these are.
     """
     x, y = batch
-    firing = jumprelu_firing(training_pre(sae, x), threshold, bandwidth)
-    errors = prefix_errors(sae, firing.acts, (x, y), prefixes)
+    firing = jumprelu_firing(training_pre(sae, x, ranks=ranks), threshold, bandwidth)
+    errors = prefix_errors(sae, firing.acts, (x, y), prefixes, ranks=ranks)
+    l0, frequency = ranks.join(firing.l0), firing.frequency
+    if sparsity.frequency:
+        frequency = ranks.join_rows(frequency)
     return LossParts(
-        loss=errors.total + sparsity.value(firing.l0, firing.frequency),
+        loss=errors.total + sparsity.value(l0, frequency, ranks=ranks),
         squared_error=errors.whole,
-        l0=firing.l0.mean(),
+        l0=ranks.part(l0.mean()),
         fired=firing.frequency > 0,
     )

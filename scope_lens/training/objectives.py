@@ -23,6 +23,7 @@ from scope_lens.training.baselines import AuxK, gated_loss, relu_loss, topk_loss
 from scope_lens.training.config import TrainConfig
 from scope_lens.training.jumprelu_step import StepWorkspace, jumprelu_step
 from scope_lens.training.losses import LossParts, jumprelu_loss
+from scope_lens.training.ranks import ALONE, Ranks
 
 Batch = tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch d_out"]]
 
@@ -32,13 +33,18 @@ _CUTOFF_MEMORY = 0.99  # of the running mean: about the last hundred batches
 class Objective(ABC):
     """One kind of dictionary under training.
 
+    Args:
+        sae: The dictionary in its training form, or this rank's shard of it.
+        cfg: Settings of the whole dictionary.
+        ranks: Whose rows and latents it is trained on.
+
     Attributes:
         parameters: What is trained beside the dictionary's own weights, by name.
         buffers: What an update changes without a gradient, by name.
     """
 
-    def __init__(self, sae: HookedSAE, cfg: TrainConfig) -> None:
-        self._sae, self._cfg = sae, cfg
+    def __init__(self, sae: HookedSAE, cfg: TrainConfig, ranks: Ranks) -> None:
+        self._sae, self._cfg, self._ranks = sae, cfg, ranks
         self.parameters: dict[str, nn.Parameter] = {}
         self.buffers: dict[str, Tensor] = {}
 
@@ -65,8 +71,8 @@ class Objective(ABC):
 class JumpReLUObjective(Objective):
     """A JumpReLU dictionary: `theta` is the threshold, or its logarithm, as Adam sees it."""
 
-    def __init__(self, sae: HookedSAE, cfg: TrainConfig) -> None:
-        super().__init__(sae, cfg)
+    def __init__(self, sae: HookedSAE, cfg: TrainConfig, ranks: Ranks) -> None:
+        super().__init__(sae, cfg, ranks)
         assert sae.threshold is not None
         initial = torch.full_like(sae.threshold, cfg.threshold_init)
         self.theta = nn.Parameter(initial.log() if cfg.threshold == "log" else initial)
@@ -90,6 +96,7 @@ class JumpReLUObjective(Objective):
             sparsity=cfg.sparsity_term_at(step),
             bandwidth=cfg.bandwidth,
             prefixes=cfg.matryoshka,
+            ranks=self._ranks,
         )
 
     def gradients(self, batch: Batch, *, step: int, dead: Bool[Tensor, " d_sae"] | None) -> LossParts:
@@ -110,6 +117,7 @@ class JumpReLUObjective(Objective):
             sparsity=cfg.sparsity_term_at(step),
             bandwidth=cfg.bandwidth,
             workspace=self._workspace,
+            ranks=self._ranks,
         )
         if cfg.threshold == "log":
             self.theta.grad *= threshold
@@ -130,8 +138,8 @@ class JumpReLUObjective(Objective):
 class TopKObjective(Objective):
     """A TopK or BatchTopK dictionary; `cutoff` is the running mean of each batch's smallest active latent."""
 
-    def __init__(self, sae: HookedSAE, cfg: TrainConfig) -> None:
-        super().__init__(sae, cfg)
+    def __init__(self, sae: HookedSAE, cfg: TrainConfig, ranks: Ranks) -> None:
+        super().__init__(sae, cfg, ranks)
         # The second entry is the weight of what the mean has seen, which removes the zero it starts from.
         self.buffers["cutoff"] = torch.zeros(2, dtype=torch.float64, device=sae.device)
 
@@ -139,7 +147,7 @@ class TopKObjective(Objective):
         """Give the loss, with the auxiliary one once latents can be dead."""
         cfg = self._cfg
         aux = None if dead is None or not cfg.aux_k else AuxK(dead, cfg.aux_k, cfg.aux_coefficient)
-        parts, smallest = topk_loss(self._sae, batch, prefixes=cfg.matryoshka, aux=aux)
+        parts, smallest = topk_loss(self._sae, batch, prefixes=cfg.matryoshka, aux=aux, ranks=self._ranks)
         cutoff = self.buffers["cutoff"]
         seen = torch.stack([smallest.double(), torch.ones_like(cutoff[1])])
         # A batch without an active latent says nothing.
@@ -160,7 +168,8 @@ class ReLUObjective(Objective):
 
     def loss(self, batch: Batch, *, step: int, dead: Bool[Tensor, " d_sae"] | None) -> LossParts:  # noqa: ARG002
         """Give the loss of update `step`."""
-        return relu_loss(self._sae, batch, sparsity=self._cfg.sparsity_at(step), prefixes=self._cfg.matryoshka)
+        cfg = self._cfg
+        return relu_loss(self._sae, batch, sparsity=cfg.sparsity_at(step), prefixes=cfg.matryoshka, ranks=self._ranks)
 
     @torch.no_grad()
     def inference(self) -> HookedSAE:
@@ -171,15 +180,22 @@ class ReLUObjective(Objective):
 class GatedObjective(Objective):
     """A Gated dictionary: the dictionary's own `b_enc` is the gate's bias."""
 
-    def __init__(self, sae: HookedSAE, cfg: TrainConfig) -> None:
-        super().__init__(sae, cfg)
+    def __init__(self, sae: HookedSAE, cfg: TrainConfig, ranks: Ranks) -> None:
+        super().__init__(sae, cfg, ranks)
         self.r_mag = nn.Parameter(torch.zeros_like(sae.b_enc))
         self.b_mag = nn.Parameter(torch.zeros_like(sae.b_enc))
         self.parameters |= {"r_mag": self.r_mag, "b_mag": self.b_mag}
 
     def loss(self, batch: Batch, *, step: int, dead: Bool[Tensor, " d_sae"] | None) -> LossParts:  # noqa: ARG002
         """Give the loss of update `step`."""
-        return gated_loss(self._sae, batch, r_mag=self.r_mag, b_mag=self.b_mag, sparsity=self._cfg.sparsity_at(step))
+        return gated_loss(
+            self._sae,
+            batch,
+            r_mag=self.r_mag,
+            b_mag=self.b_mag,
+            sparsity=self._cfg.sparsity_at(step),
+            ranks=self._ranks,
+        )
 
     @torch.no_grad()
     def inference(self) -> HookedSAE:
@@ -198,17 +214,17 @@ class GatedObjective(Objective):
         return _as_jumprelu(self._sae, changed)
 
 
-def objective_for(sae: HookedSAE, cfg: TrainConfig) -> Objective:
-    """Give the objective of a config, for a dictionary in its training form."""
+def objective_for(sae: HookedSAE, cfg: TrainConfig, ranks: Ranks = ALONE) -> Objective:
+    """Give the objective of a config, for a dictionary in its training form, or this rank's shard of it."""
     match cfg.activation:
         case "jumprelu":
-            return JumpReLUObjective(sae, cfg)
+            return JumpReLUObjective(sae, cfg, ranks)
         case "topk" | "batchtopk":
-            return TopKObjective(sae, cfg)
+            return TopKObjective(sae, cfg, ranks)
         case "relu":
-            return ReLUObjective(sae, cfg)
+            return ReLUObjective(sae, cfg, ranks)
         case "gated":
-            return GatedObjective(sae, cfg)
+            return GatedObjective(sae, cfg, ranks)
 
 
 def _as_jumprelu(sae: HookedSAE, changed: dict[str, Tensor]) -> HookedSAE:

@@ -16,10 +16,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from scope_lens.sae import HookedSAE
+from scope_lens.training.ranks import ALONE, Ranks
 
 
 class Errors(NamedTuple):
-    """Mean over rows of squared errors.
+    """Mean over rows of squared errors; on several ranks, this one's share of the means.
 
     Attributes:
         total: Summed over all prefixes, the whole dictionary included.
@@ -37,28 +38,55 @@ def prefix_errors(
     acts: Float[Tensor, "batch d_sae"],
     batch: tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch d_out"]],
     prefixes: tuple[int, ...],
+    *,
+    ranks: Ranks = ALONE,
 ) -> Errors:
     """Give the squared errors of `y_hat` and of the reconstructions from the first m latents.
 
     Args:
-        sae: The dictionary.
+        sae: The dictionary, or this rank's shard of it.
         acts: Its latents.
         batch: Encoder inputs and targets.
-        prefixes: Widths m, ascending and below the dictionary's; none for plain training.
+        prefixes: Widths m of the whole dictionary, ascending and below its own; none for plain training.
+        ranks: Whose rows and latents these are.
     """
     x, y = batch
     if not prefixes:
-        residual = y - sae.reconstruct(acts, x)
-        whole = residual.pow(2).sum(-1).mean()
+        residual = y - reconstruction(sae, acts, x, ranks=ranks)
+        whole = ranks.part(residual.pow(2).sum(-1).mean())
         return Errors(whole, whole, residual)
     residual = y - sae.b_dec
     if sae.W_skip is not None:
         residual = residual - x @ sae.W_skip
     errors: list[Tensor] = []
-    for start, end in pairwise((0, *prefixes, sae.cfg.d_sae)):
-        residual = residual - acts[:, start:end] @ sae.W_dec[start:end]
-        errors.append(residual.pow(2).sum(-1).mean())
+    width = sae.cfg.d_sae * ranks.n_latent
+    first = ranks.latents(width).start
+    for block in pairwise((0, *prefixes, width)):
+        start, end = (min(max(edge - first, 0), sae.cfg.d_sae) for edge in block)
+        residual = residual - ranks.join(acts[:, start:end] @ sae.W_dec[start:end])
+        errors.append(ranks.part(residual.pow(2).sum(-1).mean()))
     total = errors[0]
     for error in errors[1:]:
         total = total + error
     return Errors(total, errors[-1], residual)
+
+
+def reconstruction(
+    sae: HookedSAE,
+    acts: Float[Tensor, "batch d_sae"],
+    x: Float[Tensor, "batch d_in"],
+    *,
+    ranks: Ranks = ALONE,
+) -> Float[Tensor, "batch d_out"]:
+    """`f @ W_dec + b_dec (+ x @ W_skip)`, summed over the shards that hold the latents.
+
+    Args:
+        sae: The dictionary, or this rank's shard of it.
+        acts: Its latents.
+        x: Encoder inputs.
+        ranks: Whose rows and latents these are.
+    """
+    if ranks.n_latent == 1:
+        return sae.reconstruct(acts, x)
+    recons = ranks.join(acts @ sae.W_dec) + sae.b_dec
+    return recons if sae.W_skip is None else recons + x @ sae.W_skip

@@ -17,6 +17,8 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
+from scope_lens.training.ranks import ALONE, Ranks
+
 
 class SparsityTerm(NamedTuple):
     """The coefficients of the sparsity term at one update.
@@ -35,17 +37,20 @@ class SparsityTerm(NamedTuple):
     frequency: float = 0.0
     limit: float = 0.1
 
-    def value(self, l0: Float[Tensor, " batch"], frequency: Float[Tensor, " d_sae"]) -> Float[Tensor, ""]:
-        """Give the term, differentiable in what it is given.
+    def value(
+        self, l0: Float[Tensor, " batch"], frequency: Float[Tensor, " d_sae"], *, ranks: Ranks = ALONE
+    ) -> Float[Tensor, ""]:
+        """Give the term, differentiable in what it is given; on several ranks, this one's share of it.
 
         Args:
             l0: Number of active latents of each row.
-            frequency: Fraction of the rows in which each latent is active.
+            frequency: Fraction of the rows in which each latent is active; on several ranks, of all rows.
+            ranks: Whose rows and latents these are.
         """
         if self.target_l0 is None:
-            term = self.coefficient * l0.mean()
+            term = self.coefficient * ranks.part(l0.mean())
         else:
-            term = self.coefficient * self.quadratic_factor * (l0 - self.target_l0).pow(2).mean()
+            term = self.coefficient * self.quadratic_factor * ranks.part((l0 - self.target_l0).pow(2).mean())
         if self.frequency:
-            term = term + self.frequency / self.limit * frequency.pow(2).sum()
+            term = term + self.frequency / self.limit * ranks.part(ranks.join(frequency.pow(2).sum()))
         return term
