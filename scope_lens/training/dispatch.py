@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# Four gathers of a row of bfloat16 weights at 60 % of 4.3 TB/s take as long as the four products of a dense step at 90 %
-# of 790 TFLOP/s where this share of the latents matters (the H200's measured rates). A guess on other cards.
+# Where this share of the latents matters, four gathers of a row of bfloat16 weights at 60 % of 4.3 TB/s take as long as
+# the four products of a dense step at 90 % of 790 TFLOP/s, the H200's measured rates. A guess on other cards.
 BREAK_EVEN = 0.0036
 _BACK = 1.25  # times the break-even before a sparse run goes back, so that it does not change to and fro
 _ROOM = 1.25  # capacity over the largest row seen

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from scope_lens.sae import HookedSAE
+from scope_lens.training.adam_state import adam_state, load_adam_state
 from scope_lens.training.config import TrainConfig
 from scope_lens.training.kernels.update import RowAdam, catch_up
 
@@ -45,15 +46,7 @@ class FusedState:
         self._cfg = cfg
         sae.W_enc.data = sae.W_enc.data.T.contiguous().T
         self.weights = {"W_enc": sae.W_enc.data.T, "W_dec": sae.W_dec.data}
-        momentum = cfg.betas[0] > 0
-        self.adam = {
-            name: RowAdam(
-                second=torch.zeros_like(weight),
-                first=torch.zeros_like(weight) if momentum else None,
-                last=torch.zeros(len(weight), dtype=torch.int32, device=weight.device),
-            )
-            for name, weight in self.weights.items()
-        }
+        self.adam = {name: RowAdam.before_training(weight, cfg.betas) for name, weight in self.weights.items()}
         self.operands = operands
         self.shadows: dict[str, Tensor | None] = dict.fromkeys(WEIGHTS)
         self._copy_shadows()
@@ -78,14 +71,10 @@ class FusedState:
     @torch.no_grad()
     def state(self) -> dict[str, Tensor]:
         """Give what Adam remembers, in the names and shapes of `torch.optim.Adam`'s own state; empty at the start."""
-        tensors: dict[str, Tensor] = {}
-        made: Tensor | None = None
-        for name, parameter in self.vectors.items():
-            for key, value in self._vector_adam.state[parameter].items():
-                tensors[f"adam.{name}.{key}"] = value
-                made = value if key == "step" else made
-        if made is None:
+        tensors = adam_state(self._vector_adam, self.vectors)
+        if not tensors:
             return {}
+        made = tensors["adam.b_enc.step"]
         for name, adam in self.adam.items():
             catch_up(adam, step=int(made), beta2=self._cfg.betas[1])
             first = torch.zeros_like(adam.second) if adam.first is None else adam.first
@@ -106,11 +95,7 @@ class FusedState:
                 if own is not None:
                     own.copy_(state[f"adam.{name}.{key}"].T if name == "W_enc" else state[f"adam.{name}.{key}"])
             adam.last.fill_(int(state[f"adam.{name}.step"]))
-        for name, parameter in self.vectors.items():
-            keys = [key for key in state if key.startswith(f"adam.{name}.")]
-            self._vector_adam.state[parameter] = {
-                key.rsplit(".", 1)[1]: state[key].clone().to(parameter.device) for key in keys
-            }
+        load_adam_state(self._vector_adam, self.vectors, state)
 
     def _copy_shadows(self) -> None:
         if self.operands != torch.float32:

@@ -25,13 +25,14 @@ from scope_lens.training.losses import LossParts
 from scope_lens.training.objectives import Objective
 from scope_lens.training.ranks import ALONE, Ranks
 
-
 _DISPATCH, _FLOOR = "fused.dispatch", "fused.floor"
 
 
-def can_fuse(cfg: TrainConfig) -> bool:
-    """Say whether this kind of dictionary trains on the kernels."""
-    return not cfg.matryoshka and (cfg.activation == "jumprelu" or (cfg.activation == "topk" and not cfg.aux_k))
+def can_fuse(cfg: TrainConfig, ranks: Ranks = ALONE) -> bool:
+    """Say whether this kind of dictionary trains on the kernels: JumpReLU, and TopK whose latents are not spread."""
+    if cfg.activation == "topk":
+        return not cfg.matryoshka and not cfg.aux_k and ranks.n_latent == 1
+    return cfg.activation == "jumprelu" and not cfg.matryoshka
 
 
 class FusedStep:

@@ -67,7 +67,8 @@ class Trained(NamedTuple):
 
 @torch.no_grad()
 def launch(trained: Trained, flight: InFlight, *, capacity: int | None) -> Int[Tensor, "2"]:
-    """Launch an update, and give two counts: entries that matter in the fullest row, and their sum over the rows.
+    """Launch an update, and give two counts, the largest of all ranks: entries that matter in the fullest
+    row, and their sum over the rows.
 
     Args:
         trained: What is updated.
@@ -99,7 +100,7 @@ class _Update:
 
     def sparse(self, capacity: int | None) -> Int[Tensor, "2"]:
         entries, missed = self._entries(capacity)
-        self.state.halted |= self.ranks.anywhere(missed)
+        self.state.halted |= self.ranks.largest_(missed.int())
         l0 = self.ranks.sum_over_latents_(entries.l0.float())
         d_recons, d_act, squared_error = self._residual(entries)
         columns = columns_of(entries, self.sae.cfg.d_sae)
@@ -113,7 +114,7 @@ class _Update:
                 source = self.ranks.sum_over_rows_(gradient)
             self._update_rows(name, source)
         self._finish(sums, d_recons, encoder_part, l0, squared_error)
-        return torch.stack([entries.count.max(), entries.count.sum()]).long()
+        return self.ranks.largest_(torch.stack([entries.count.max(), entries.count.sum()]).long())
 
     def _entries(self, capacity: int | None) -> tuple[Entries, Tensor]:
         """The entries that matter, and whether a row has others that were left out."""
@@ -141,7 +142,7 @@ class _Update:
         return entries, missed
 
     def _residual(self, entries: Entries) -> tuple[Tensor, Tensor, Tensor]:
-        """d loss / d reconstruction, d loss / d latent at the entries, and each row's squared error."""
+        """The gradients of the reconstruction and of the latents at the entries, and each row's squared error."""
         W_dec, skip = self.state.operand("W_dec"), self._skip()
         if self.ranks.n_latent == 1:
             return self.kernels.residual(entries, W_dec, self.sae.b_dec, self.y, rows=self.rows, skip=skip)
@@ -157,23 +158,22 @@ class _Update:
         recons = torch.zeros_like(self.y)
         l0 = torch.zeros(len(self.x), dtype=torch.int32, device=self.x.device)
         width = self.sae.cfg.d_sae
-        # A block's activations, and two masks of a byte each.
-        kept = len(self.x) * width * (state.operands.itemsize + 2) <= _KEPT_BYTES
+        kept = len(self.x) * width * self._entry_bytes() <= _KEPT_BYTES
         encoded: list[DenseActs] = []
-        for block in self._blocks(state.operands.itemsize + 2):
+        for block in self._blocks():
             acts = self._encode_dense(block)
             kernels.product(acts.acts, state.operand("W_dec")[block], out=recons, add=True)
             l0 += acts.l0
             if kept:
                 encoded.append(acts)
-        counts = torch.stack([l0.max(), l0.sum()]).long()
+        counts = self.ranks.largest_(torch.stack([l0.max(), l0.sum()]).long())
         self.ranks.sum_over_latents_(recons)
         row_l0 = self.ranks.sum_over_latents_(l0.float())
         d_recons, squared_error = self._error(recons)
         slope = self._slope(row_l0)
         found: list[LatentSums] = []
         encoder_part = torch.zeros_like(self.sae.b_enc[:1]).expand(self.x.shape[1]).clone()
-        for index, block in enumerate(self._blocks(state.operands.itemsize + 2)):
+        for index, block in enumerate(self._blocks()):
             acts = encoded[index] if kept else self._encode_dense(block)
             d_pre, sums = kernels.dense_gradients(d_recons, state.operand("W_dec")[block], acts, slope)
             found.append(sums)
@@ -191,8 +191,12 @@ class _Update:
             self.seen, W_enc, self.sae.b_enc[block], self.threshold[block], half_window=self.half
         )
 
-    def _blocks(self, entry_bytes: int) -> Iterator[slice]:
-        width, block = self.sae.cfg.d_sae, self._block(entry_bytes)
+    def _entry_bytes(self) -> int:
+        """Of an entry of a block: f, and as much again for d pre."""
+        return 2 * self.state.operands.itemsize
+
+    def _blocks(self) -> Iterator[slice]:
+        width, block = self.sae.cfg.d_sae, self._block(self._entry_bytes())
         return (slice(start, min(start + block, width)) for start in range(0, width, block))
 
     def _block(self, entry_bytes: int) -> int:
@@ -266,12 +270,10 @@ class _Update:
         self.state.update_vectors(lr=self.cfg.learning_rate_at(self.flight.step))
         self.trained.objective.constrain()
 
-        per_row = self.term._replace(frequency=0.0).value(l0, frequency)
-        mean = torch.stack([squared_error.mean(), per_row, l0.mean()])
-        error, price, mean_l0 = (ranks.sum_over_rows_(mean) / ranks.n_data).unbind()
-        if self.term.frequency:
-            price = price + ranks.sum_over_latents_(self.term.frequency / self.term.limit * frequency.square().sum())
-        for slot, value in zip(parts[:3], (error + price, error, mean_l0), strict=True):
+        # This rank's shares, as every loss is.
+        error = ranks.part(squared_error.mean())
+        price = self.term.value(l0, frequency, ranks=ranks)
+        for slot, value in zip(parts[:3], (error + price, error, ranks.part(l0.mean())), strict=True):
             slot.copy_(value)
         torch.gt(sums.fired, 0, out=parts.fired)
         made = parts.fired & (self.state.halted == 0)

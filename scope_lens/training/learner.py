@@ -11,6 +11,9 @@ An update (Gemma Scope, arXiv 2408.05147, section 3.2):
 The baselines are trained by the same steps. Normalisation divides by one fixed number: the root mean squared norm
 of the encoder's input. A transcoder's target is divided by the same number (Appendix B).
 
+On a GPU steps 1 to 5 are the kernels' (`scope_lens.training.fused_step`). The host runs ahead there: what an update
+gives, and the weights, are final after `settle`.
+
 After the initialisation nothing is drawn at random, so a learner's state holds no generator; on the CPU an update is
 the same bit for bit, whatever else is trained. No part of an update waits for the device.
 """
@@ -22,8 +25,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from scope_lens.sae import HookedSAE, SAEConfig
+from scope_lens.training.adam_state import adam_state, load_adam_state
 from scope_lens.training.config import TrainConfig
+from scope_lens.training.dispatch import BREAK_EVEN
+from scope_lens.training.fused_step import FusedStep, can_fuse
 from scope_lens.training.initialisation import initialise, normalise_rows, project_out_rows
+from scope_lens.training.kernels.kernel_set import Kernels
 from scope_lens.training.losses import LossParts
 from scope_lens.training.objectives import objective_for
 from scope_lens.training.ranks import ALONE, Ranks
@@ -40,6 +47,10 @@ class Learner:
         model: Name of the language model, for the dictionary's config.
         device: Where it is trained; the initial values are drawn on the CPU, so they do not depend on it.
         ranks: Which rows and latents this process has.
+        kernels: What updates are made of, for the kinds that train on kernels; None takes the step written by hand for
+            the CPU, or autograd.
+        operands: dtype of what kernels multiply: bfloat16 or float32.
+        break_even: Share of the latents that matter in a row up to which kernels work sparsely.
 
     Raises:
         ValueError: Width, batch or k do not fit the ranks.
@@ -55,6 +66,9 @@ class Learner:
         model: str,
         device: str | torch.device = "cpu",
         ranks: Ranks = ALONE,
+        kernels: Kernels | None = None,
+        operands: torch.dtype = torch.bfloat16,
+        break_even: float = BREAK_EVEN,
     ) -> None:
         check_divides(cfg, ranks)
         self.cfg = cfg
@@ -84,10 +98,23 @@ class Learner:
         # A JumpReLU's own threshold is not trained: Adam sees it, or its logarithm, as the objective's theta.
         self.parameters = {name: p for name, p in self.sae.named_parameters() if name != "threshold"}
         self.parameters |= self.objective.parameters
-        self.adam = torch.optim.Adam(
-            self.parameters.values(), lr=cfg.learning_rate, betas=cfg.betas, eps=cfg.adam_eps, fused=True
-        )
         self.last_fired = torch.zeros(self.sae.cfg.d_sae, dtype=torch.int64, device=device)
+        self._fused: FusedStep | None = None
+        if kernels is not None and can_fuse(cfg, ranks):
+            self._fused = FusedStep(
+                self.sae,
+                cfg,
+                self.objective,
+                last_fired=self.last_fired,
+                kernels=kernels,
+                operands=operands,
+                ranks=ranks,
+                break_even=break_even,
+            )
+        else:
+            self.adam = torch.optim.Adam(
+                self.parameters.values(), lr=cfg.learning_rate, betas=cfg.betas, eps=cfg.adam_eps, fused=True
+            )
         self.step = 0  # updates made
         self._half_made = False
         self._loss: Tensor | None = None
@@ -95,6 +122,7 @@ class Learner:
     @property
     def whole(self) -> bool:
         """Whether the state is that after `step` updates, none half made and the last one's loss finite."""
+        self.settle()
         return not self._half_made and (self._loss is None or bool(self._loss.isfinite()))
 
     def update(self, x: Float[Tensor, "batch d_in"], y: Float[Tensor, "batch d_out"]) -> LossParts:
@@ -108,6 +136,13 @@ class Learner:
         """
         inputs = x / self.scale
         targets = inputs if y is x else y / self.scale
+        if self._fused is not None:
+            self._half_made = True
+            parts = self._fused.update((inputs, targets), step=self.step)
+            self.step += 1
+            self._loss = parts.loss
+            self._half_made = False
+            return parts
         parts = self.objective.gradients((inputs, targets), step=self.step, dead=self._maybe_dead())
         with torch.no_grad():
             for parameter in self.parameters.values():
@@ -125,8 +160,14 @@ class Learner:
             self._half_made = False
         return parts
 
+    def settle(self) -> None:
+        """See to it that every update is made and its numbers final, also those that the host has only launched."""
+        if self._fused is not None:
+            self._fused.settle()
+
     def dead(self) -> float:
         """Give the fraction of the whole dictionary's latents that did not fire in the last `dead_after` rows."""
+        self.settle()
         return float(self.ranks.sum_over_latents_(self.dead_latents().double().sum()) / self.cfg.width)
 
     def dead_latents(self) -> Bool[Tensor, " d_sae"]:
@@ -139,14 +180,14 @@ class Learner:
         All kinds but TopK come as JumpReLU dictionaries (`scope_lens.training.objectives`). On several ranks all of
         them ask for it together, and each gets the whole dictionary.
         """
+        self.settle()
         return _whole(self.objective.inference().to_inference(self.scale), self.ranks)
 
     def state(self) -> dict[str, Tensor]:
         """Give everything an update depends on, by name; of the tensors that count latents, this rank's part."""
+        self.settle()
         tensors = {name: parameter.detach() for name, parameter in self.parameters.items()}
-        for name, parameter in self.parameters.items():
-            for key, value in self.adam.state[parameter].items():
-                tensors[f"adam.{name}.{key}"] = value
+        tensors |= adam_state(self.adam, self.parameters) if self._fused is None else self._fused.state()
         return tensors | self.objective.buffers | {"last_fired": self.last_fired, "step": torch.tensor(self.step)}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -163,11 +204,10 @@ class Learner:
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(state[name])
-            for name, parameter in self.parameters.items():
-                keys = [key for key in state if key.startswith(f"adam.{name}.")]
-                self.adam.state[parameter] = {
-                    key.rsplit(".", 1)[1]: state[key].clone().to(parameter.device) for key in keys
-                }
+            if self._fused is None:
+                load_adam_state(self.adam, self.parameters, state)
+            else:
+                self._fused.load_state(state)
             self.step = int(state["step"])
 
     def _maybe_dead(self) -> Tensor | None:

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -177,6 +177,12 @@ class Ranks:
     def smallest(self, number: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """Give the smallest of all ranks' numbers."""
         return number if self.alone else self.gather_all(number.reshape(1)).amin()
+
+    def largest_(self, numbers: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+        """Give the largest of all ranks' numbers, in place: what all of them decide by."""
+        for group in self._groups.values():
+            dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=group)
+        return numbers
 
     def _gather(self, dimension: str, tensor: Tensor) -> list[Tensor]:
         tensor = tensor.contiguous()
