@@ -1,0 +1,208 @@
+"""The kernels of `decode.py` in Triton: gathers of weight rows, bound by memory.
+
+A row of a batch of 4,096 with 80 entries reads 80 rows of `W_dec`, 4.6 KB each in bfloat16 at d 2304: 1.5 GB a batch.
+The work is therefore cut so that each weight row crosses the memory once and many loads are under way at a time:
+
+1. A program takes one row of the batch and 256 of its columns (9 programs a row at d 2304, no idle lane). A warp loads
+   one entry's 256 columns at once, 16 bytes a lane; 8 of these are in flight in each of 4 warps, and the next
+   entries' latents are read while the present weights arrive.
+2. `d_act` is a sum over columns, and a program's part of it needs only its own columns of `d_recons`. So a program
+   goes over its entries twice: first for the reconstruction, then for its part of `d_act`. What it has read, 41 KB for
+   80 entries, is still in the cache the second time: six programs a multiprocessor hold 250 KB, 32 MB on an H200,
+   against 256 KB of first-level and 50 MB of second-level cache.
+3. A small kernel adds up the parts, in the order of the columns. No atomics: the same bits on every run.
+
+Programs of one row of the batch are neighbours, so they run at about the same time and a weight row's pages are open.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+
+from scope_lens.training.kernels.decode import Residual
+from scope_lens.training.kernels.entries import Entries
+
+_COLUMNS = 256  # of a program: 512 bytes of a bfloat16 row, which a warp loads at once
+_WARPS = 4
+_ENTRIES = 32  # in flight in a program, 8 in each warp
+_SPLITS = 4  # programs that share a row's entries in `latent_gradients`
+_SLOTS = 128  # slots of a program that adds up parts
+
+
+def decode(
+    entries: Entries, W_dec: Float[Tensor, "d_sae d_out"], b_dec: Float[Tensor, " d_out"] | None
+) -> Float[Tensor, "batch d_out"]:
+    """Give `x_hat = sum of act * W_dec[latent] (+ b_dec)` for each row, in float32: see `decode.decode`."""
+    (batch, capacity), d_out = entries.latent.shape, W_dec.shape[1]
+    recons = torch.empty(batch, d_out, dtype=torch.float32, device=W_dec.device)
+    _decode[(batch * triton.cdiv(d_out, _COLUMNS),)](
+        entries.latent, entries.act, entries.count, _rows(W_dec), b_dec, recons, capacity,
+        d_out, _COLUMNS, _ENTRIES, _WARPS, num_warps=_WARPS,
+    )  # fmt: skip
+    return recons
+
+
+def residual(
+    entries: Entries,
+    W_dec: Float[Tensor, "d_sae d_out"],
+    b_dec: Float[Tensor, " d_out"] | None,
+    y: Float[Tensor, "batch d_out"],
+    *,
+    rows: int,
+    skip: Float[Tensor, "batch d_out"] | None = None,
+) -> Residual:
+    """Reconstruct, compare with the target, and give the gradient at each entry: see `decode.residual`."""
+    (batch, capacity), d_out = entries.latent.shape, W_dec.shape[1]
+    parts = triton.cdiv(d_out, _COLUMNS)
+    made = Residual(
+        d_recons=torch.empty(batch, d_out, dtype=W_dec.dtype, device=W_dec.device),
+        d_act=torch.empty(batch, capacity, dtype=torch.float32, device=W_dec.device),
+        squared_error=torch.empty(batch, dtype=torch.float32, device=W_dec.device),
+    )
+    d_act_parts = made.d_act.new_empty(batch, parts, capacity)
+    error_parts = made.d_act.new_empty(batch, parts)
+    _residual[(batch * parts,)](
+        entries.latent, entries.act, entries.count, _rows(W_dec), b_dec, _rows(y), _rows(skip),
+        made.d_recons, d_act_parts, error_parts, 2 / rows, capacity,
+        d_out, _COLUMNS, _ENTRIES, _WARPS, num_warps=_WARPS,
+    )  # fmt: skip
+    _add_parts[(batch, triton.cdiv(capacity, _SLOTS))](
+        entries.count, d_act_parts, error_parts, made.d_act, made.squared_error, capacity,
+        parts, triton.next_power_of_2(parts), _SLOTS,
+    )  # fmt: skip
+    return made
+
+
+def latent_gradients(
+    entries: Entries, W_dec: Float[Tensor, "d_sae d_out"], d_recons: Float[Tensor, "batch d_out"]
+) -> Float[Tensor, "batch capacity"]:
+    """Give `d_act = d_recons . W_dec[latent]` at each entry, in float32: see `decode.latent_gradients`."""
+    (batch, capacity), d_out = entries.latent.shape, W_dec.shape[1]
+    d_act = torch.zeros(batch, capacity, dtype=torch.float32, device=W_dec.device)
+    _latent_gradients[(batch, min(_SPLITS, triton.cdiv(capacity, _ENTRIES)))](
+        entries.latent, entries.count, _rows(W_dec), _rows(d_recons), d_act, capacity,
+        d_out, _COLUMNS, _ENTRIES, num_warps=_WARPS,
+    )  # fmt: skip
+    return d_act
+
+
+def _rows(matrix: Tensor | None) -> Tensor | None:
+    """The matrix itself, whose rows the kernels expect one behind the other."""
+    assert matrix is None or matrix.is_contiguous(), f"rows must be contiguous; found strides {matrix.stride()}"
+    return matrix
+
+
+@triton.jit
+def _weighted_sum(latent, act, n, W, cols, in_row, D: tl.constexpr, ENTRIES: tl.constexpr, WARPS: tl.constexpr):
+    """`sum of act * W[latent, cols]` over n entries, each warp over entries of its own until the end."""
+    slot = tl.arange(0, ENTRIES)
+    total = tl.zeros((WARPS, cols.shape[0]), tl.float32)
+    which = tl.load(latent + slot, mask=slot < n, other=0).to(tl.int64)
+    weight = tl.load(act + slot, mask=slot < n, other=0.0)
+    for first in range(0, n, ENTRIES):
+        there = first + slot < n
+        picked = tl.load(W + which[:, None] * D + cols[None, :], mask=there[:, None] & in_row[None, :], other=0.0)
+        # The next latents are on their way while these weights arrive.
+        ahead = first + ENTRIES + slot
+        next_which = tl.load(latent + ahead, mask=ahead < n, other=0).to(tl.int64)
+        next_weight = tl.load(act + ahead, mask=ahead < n, other=0.0)
+        # Entry e is loaded by warp e % WARPS: this sum stays inside each thread.
+        weighted = tl.reshape(weight[:, None] * picked.to(tl.float32), (ENTRIES // WARPS, WARPS, cols.shape[0]))
+        total += tl.sum(weighted, axis=0)
+        which = next_which
+        weight = next_weight
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def _decode(
+    latent, act, count, W, bias, recons, capacity,
+    D: tl.constexpr, COLUMNS: tl.constexpr, ENTRIES: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) // tl.cdiv(D, COLUMNS)).to(tl.int64)
+    cols = tl.program_id(0) % tl.cdiv(D, COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)
+    in_row = cols < D
+    n = tl.minimum(tl.load(count + row), capacity)
+    slots = row * capacity
+    total = _weighted_sum(latent + slots, act + slots, n, W, cols, in_row, D, ENTRIES, WARPS)
+    if bias is not None:
+        total += tl.load(bias + cols, mask=in_row, other=0.0).to(tl.float32)
+    tl.store(recons + row * D + cols, total, mask=in_row)
+
+
+@triton.jit
+def _residual(
+    latent, act, count, W, bias, y, skip, d_recons, d_act_parts, error_parts, scale, capacity,
+    D: tl.constexpr, COLUMNS: tl.constexpr, ENTRIES: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) // tl.cdiv(D, COLUMNS)).to(tl.int64)
+    cols = tl.program_id(0) % tl.cdiv(D, COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)
+    in_row = cols < D
+    n = tl.minimum(tl.load(count + row), capacity)
+    # What the sum is compared with is asked for first and arrives meanwhile.
+    target = tl.load(y + row * D + cols, mask=in_row, other=0.0)
+    slots = row * capacity
+    total = _weighted_sum(latent + slots, act + slots, n, W, cols, in_row, D, ENTRIES, WARPS)
+    if bias is not None:
+        total += tl.load(bias + cols, mask=in_row, other=0.0).to(tl.float32)
+    if skip is not None:
+        total += tl.load(skip + row * D + cols, mask=in_row, other=0.0)
+    gap = total - target
+    d = gap * scale
+    tl.store(d_recons + row * D + cols, d.to(d_recons.dtype.element_ty), mask=in_row)
+    part = tl.program_id(0).to(tl.int64)
+    tl.store(error_parts + part, tl.sum(gap * gap, axis=0))
+
+    for first in range(0, n, ENTRIES):
+        slot = first + tl.arange(0, ENTRIES)
+        there = slot < n
+        which = tl.load(latent + slots + slot, mask=there, other=0).to(tl.int64)
+        picked = tl.load(
+            W + which[:, None] * D + cols[None, :],
+            mask=there[:, None] & in_row[None, :],
+            other=0.0,
+            eviction_policy="evict_first",
+        )
+        tl.store(d_act_parts + part * capacity + slot, tl.sum(picked.to(tl.float32) * d[None, :], axis=1), mask=there)
+
+
+@triton.jit
+def _add_parts(
+    count, d_act_parts, error_parts, d_act, squared_error, capacity,
+    PARTS: tl.constexpr, PADDED: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.program_id(1) * SLOTS + tl.arange(0, SLOTS)
+    part = tl.arange(0, PADDED)
+    n = tl.minimum(tl.load(count + row), capacity)
+    parts = tl.load(
+        d_act_parts + (row * PARTS + part[:, None]) * capacity + slot[None, :],
+        mask=(part[:, None] < PARTS) & (slot[None, :] < n),
+        other=0.0,
+    )
+    tl.store(d_act + row * capacity + slot, tl.sum(parts, axis=0), mask=slot < capacity)
+    if tl.program_id(1) == 0:
+        errors = tl.load(error_parts + row * PARTS + part, mask=part < PARTS, other=0.0)
+        tl.store(squared_error + row, tl.sum(errors, axis=0))
+
+
+@triton.jit
+def _latent_gradients(
+    latent, count, W, d_recons, d_act, capacity, D: tl.constexpr, COLUMNS: tl.constexpr, ENTRIES: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.minimum(tl.load(count + row), capacity)
+    for first in range(tl.program_id(1) * ENTRIES, n, tl.num_programs(1) * ENTRIES):
+        slot = first + tl.arange(0, ENTRIES)
+        there = slot < n
+        which = tl.load(latent + row * capacity + slot, mask=there, other=0).to(tl.int64)
+        total = tl.zeros((ENTRIES,), tl.float32)
+        for column in range(0, D, COLUMNS):
+            cols = column + tl.arange(0, COLUMNS)
+            in_row = cols < D
+            d = tl.load(d_recons + row * D + cols, mask=in_row, other=0.0).to(tl.float32)
+            picked = tl.load(W + which[:, None] * D + cols[None, :], mask=there[:, None] & in_row[None, :], other=0.0)
+            total += tl.sum(picked.to(tl.float32) * d[None, :], axis=1)
+        tl.store(d_act + row * capacity + slot, total, mask=there)
