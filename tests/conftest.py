@@ -7,6 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+
+# Kernels run in Triton's interpreter where there is no GPU. Triton looks at this when transformers imports it.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -23,10 +28,6 @@ from scope_lens.model import ScopeModel
 from scope_lens.sae import HookedSAE, SAEConfig
 
 VOCAB = 199
-
-# Kernels run in Triton's interpreter where there is no GPU. Triton looks at this when it is first imported.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")
