@@ -120,8 +120,7 @@ def dense_gradients(operands: torch.dtype) -> None:
     from scope_lens.training.kernels.dense import DenseActs
     from scope_lens.training.kernels.dense_triton import dense_gradients
 
-    flags = meta(B, BLOCK, dtype=torch.uint8)
-    acts = DenseActs(meta(B, BLOCK, dtype=operands), flags, flags, meta(B, dtype=INT))
+    acts = DenseActs(meta(BLOCK, B, dtype=operands).T, meta(BLOCK, B, dtype=torch.uint8).T, meta(B, dtype=INT))
     dense_gradients(meta(B, D, dtype=operands), meta(BLOCK, D, dtype=operands), acts, meta(B))
 
 
