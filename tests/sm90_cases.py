@@ -109,18 +109,11 @@ def weight_gradients(operands: torch.dtype) -> None:
     weight_gradients(_from_entries(operands), M)
 
 
-def encode_dense(operands: torch.dtype) -> None:
-    from scope_lens.training.kernels.dense_triton import encode_dense
+def dense(operands: torch.dtype) -> None:
+    from scope_lens.training.kernels.dense_triton import dense_gradients, encode_dense
 
     x, weight = meta(B, D, dtype=operands), meta(BLOCK, D, dtype=operands)
-    encode_dense(x, weight, meta(BLOCK), meta(BLOCK), half_window=HALF_WINDOW)
-
-
-def dense_gradients(operands: torch.dtype) -> None:
-    from scope_lens.training.kernels.dense import DenseActs
-    from scope_lens.training.kernels.dense_triton import dense_gradients
-
-    acts = DenseActs(meta(BLOCK, B, dtype=operands).T, meta(BLOCK, B, dtype=torch.uint8).T, meta(B, dtype=INT))
+    acts = encode_dense(x, weight, meta(BLOCK), meta(BLOCK), half_window=HALF_WINDOW)
     dense_gradients(meta(B, D, dtype=operands), meta(BLOCK, D, dtype=operands), acts, meta(B))
 
 
@@ -128,7 +121,7 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     case.__name__: case
     for case in (
         encode, topk_encode, decode, residual, latent_gradients, latent_sums, update_decoder, update_encoder,
-        update_with_momentum, update_dense, weight_gradients, encode_dense, dense_gradients,
+        update_with_momentum, update_dense, weight_gradients, dense,
     )
 }  # fmt: skip
 
