@@ -4,6 +4,9 @@ Python runs signal handlers between two bytecodes of the main thread, in the mid
 comes during work only notes the signal, and the exception is raised where the work ends. While the run waits for its
 caller its state is whole: then the handler saves it and raises there and then. A second signal during work does not
 wait.
+
+Several ranks have to stop at the same step, and a signal reaches each at another moment, or one of them alone. There a
+handler only notes the signal; where work ends, the ranks agree on whether any of them has noted one.
 """
 
 import signal
@@ -25,11 +28,19 @@ class Interrupts:
     Args:
         save: Called before the exception when a signal comes outside of `working`.
         describe: Text of the KeyboardInterrupt.
+        agree: Gives the largest of the ranks' numbers, called by all of them; None for a single process.
     """
 
-    def __init__(self, save: Callable[[], None], describe: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        save: Callable[[], None],
+        describe: Callable[[], str],
+        *,
+        agree: Callable[[int], int] | None = None,
+    ) -> None:
         self._save = save
         self._describe = describe
+        self._agree = agree
         self._working = False
         self._noted: int | None = None
 
@@ -54,7 +65,7 @@ class Interrupts:
 
     @contextmanager
     def working(self) -> Generator[None]:
-        """Hold signals back until the block ends, and then raise.
+        """Hold signals back until the block ends, and then raise; on several ranks, where one came on any of them.
 
         Raises:
             KeyboardInterrupt: SIGINT came.
@@ -65,15 +76,16 @@ class Interrupts:
             yield
         finally:
             self._working = False
-        if self._noted is not None:
-            self._stop(self._noted)
+        noted = self._noted if self._agree is None else self._agree(self._noted or 0)
+        if noted:
+            self._stop(noted)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if self._working and self._noted is None:
+        if (self._working or self._agree is not None) and self._noted is None:
             self._noted = number
             return
-        if not self._working:
+        if not self._working and self._agree is None:
             self._noted, self._working = number, True
             try:
                 self._save()

@@ -82,6 +82,23 @@ class Ranks:
         """Whether this process writes what is written once: log, progress bar, evaluation."""
         return self.agreement.rank == 0
 
+    def device(self, asked: str | torch.device | None) -> torch.device:
+        """Say where this process computes: where it is asked to, else on the mesh's kind of device, else on a GPU.
+
+        Raises:
+            ValueError: What is asked for is another kind of device than the mesh's.
+        """
+        if self.mesh is None:
+            return torch.device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
+        kind = self.mesh.device_type
+        if asked is not None and torch.device(asked).type != kind:
+            raise ValueError(
+                f"device={str(asked)!r} on a mesh of {kind!r} devices, whose sums are made there; leave device out."
+            )
+        if kind == "cuda" and (asked is None or torch.device(asked) == torch.device(kind)):
+            return torch.device(kind, torch.cuda.current_device())
+        return torch.device(asked or kind)
+
     # ---- shares ----
 
     def rows(self, size: int) -> slice:

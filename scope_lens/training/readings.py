@@ -1,7 +1,8 @@
 """Numbers that updates leave on the device, fetched together and checked.
 
-On a GPU the host runs ahead of the device and waits whenever it reads a number. So an update's loss, errors and checks
-stay where they are until a result is due, and then all of them come over in one transfer.
+On several ranks each one's numbers are shares; they are summed in one go when they are fetched, and all ranks get the
+same. On a GPU the host runs ahead of the device and waits whenever it reads a number. So an update's loss, errors and
+checks stay where they are until a result is due, and then all of them come over in one transfer.
 """
 
 import math
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from scope_lens.training.learner import Learner
 from scope_lens.training.losses import LossParts
+from scope_lens.training.ranks import ALONE, Ranks
 from scope_lens.training.shared_rows import Batch
 
 
@@ -41,10 +43,12 @@ class Readings:
 
     Args:
         names: Of the dictionaries, for errors.
+        ranks: Whose shares these are.
     """
 
-    def __init__(self, names: tuple[str, ...]) -> None:
+    def __init__(self, names: tuple[str, ...], *, ranks: Ranks = ALONE) -> None:
         self._names = names
+        self._ranks = ranks
         self._noted: list[_Noted] = []
 
     def note(self, index: int, learner: Learner, parts: LossParts, batch: Batch) -> None:
@@ -66,7 +70,7 @@ class Readings:
             return {}
         noted, self._noted = self._noted, []
         found: dict[int, Reading] = {}
-        table = torch.stack([update.numbers for update in noted]).tolist()
+        table = self._ranks.sum_over_rows_(torch.stack([update.numbers for update in noted])).tolist()
         for (step, index, learner, _), (loss, error, l0, spread, total) in zip(noted, table, strict=True):
             cfg = learner.cfg
             for site, number in ((cfg.hook_in, total), (cfg.hook_out, spread)):

@@ -17,6 +17,10 @@
 The dictionaries have nothing in common but the rows, so a run of several equals separate runs bit for bit (same
 `Trainer(seed=)`, same number of threads), and a run that is taken up again equals an unbroken one, on the CPU. Ctrl-C
 and SIGTERM finish the step and write a checkpoint; only a kill loses the steps since the last one.
+
+On several devices every process makes a Trainer with the same arguments and `mesh=`, and iterates over `run` on the
+same store (`scope_lens.training.ranks`). All of them get the same results. The first one alone writes the log,
+evaluates, and shows a progress bar.
 """
 
 import time
@@ -29,6 +33,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
 from scope_lens.evaluation import EvalResult
@@ -44,9 +49,12 @@ from scope_lens.training.checkpoint import (
 from scope_lens.training.config import TrainConfig
 from scope_lens.training.held_out import HeldOut
 from scope_lens.training.interrupts import Interrupts
-from scope_lens.training.learner import Learner
+from scope_lens.training.learner import Learner, check_divides
 from scope_lens.training.log import LOG_NAME, JsonLog, Log
+from scope_lens.training.progress import show
+from scope_lens.training.ranks import Ranks
 from scope_lens.training.readings import Reading, Readings
+from scope_lens.training.run_state import learner_shapes, learners_of, run_tensors
 from scope_lens.training.shared_rows import Group, groups_of, identity_of, refuse_another
 from scope_lens.training.step_result import StepResult, config_name
 from scope_lens.training.store import ActivationStore
@@ -63,14 +71,17 @@ class Trainer:
         checkpoint_every: Updates between checkpoints.
         keep: Checkpoints that stay.
         seed: Of the order of the rows. A config's own seed is that of its initialisation.
-        device: Where the dictionaries are; None takes a GPU where there is one.
-        held_out: Text to evaluate on; None evaluates nothing.
+        device: Where the dictionaries are; None takes the mesh's device, or a GPU where there is one.
+        held_out: Text to evaluate on; None evaluates nothing. On several ranks only the first one's counts.
         evaluate_every: Updates between evaluations; a dictionary's last update is evaluated too.
         report_every: Updates between results. On a GPU each result waits for the device, so a larger number is faster.
-        log: Called with each result, e.g. `TensorboardLog(folder)`.
+        log: Called with each result, e.g. `TensorboardLog(folder)`; on several ranks, by the first one.
+        mesh: The processes that train together, with the dimensions "data" and "latent"; None is this one alone.
+            Every process makes a Trainer then, with the same arguments.
 
     Raises:
-        ValueError: No config, a setting that is not positive, or `folder` holds a run of other configs.
+        ValueError: No config, a setting that is not positive, or `folder` holds a run of other configs; or a mesh that
+            widths or batches do not divide among, or ranks that were given different arguments.
         FileExistsError: `folder` holds a run of these configs already.
     """
 
@@ -87,7 +98,9 @@ class Trainer:
         evaluate_every: int = 1_000,
         report_every: int = 1,
         log: Sequence[Log] = (),
+        mesh: DeviceMesh | None = None,
     ) -> None:
+        self._ranks = Ranks(mesh)
         self.configs = (configs,) if isinstance(configs, TrainConfig) else tuple(configs)
         if not self.configs:
             raise ValueError("A Trainer needs at least one TrainConfig; found none.")
@@ -97,12 +110,17 @@ class Trainer:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 1 or more.")
         self.names = tuple(config_name(index, cfg) for index, cfg in enumerate(self.configs))
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = self._ranks.device(device)
         self.held_out = held_out
         self.log = tuple(log)
         self.folder = None if folder is None else Path(folder)
+        self._ranks.agreement.refuse_differences(
+            configs=[asdict(cfg) for cfg in self.configs], settings=self._settings(), folder=str(self.folder)
+        )
+        for cfg in self.configs:
+            check_divides(cfg, self._ranks)
         if self.folder is not None and checkpoints(self.folder):
-            there = [config_of(fields) for fields in read_checkpoint(self.folder).header["configs"]]
+            there = [config_of(fields) for fields in read_checkpoint(self.folder, ranks=self._ranks).header["configs"]]
             _refuse_others(self.folder, there, self.configs)
             raise FileExistsError(
                 f"{self.folder} holds a run of these configs already; take it up with "
@@ -116,7 +134,7 @@ class Trainer:
         self._store_identity: dict[str, Any] = {}
         self._held_out_identity: dict[str, Any] | None = None
         self._reader_states: dict[int, dict[str, Tensor]] = {}
-        self._readings = Readings(self.names)
+        self._readings = Readings(self.names, ranks=self._ranks)
         self._undelivered: deque[StepResult] = deque()
         self._seconds = 0.0
         self._reported: dict[int, tuple[int, float]] = {}
@@ -136,11 +154,12 @@ class Trainer:
         device: str | torch.device | None = None,
         held_out: HeldOut | None = None,
         log: Sequence[Log] = (),
+        mesh: DeviceMesh | None = None,
     ) -> "Trainer":
         """Take up the run in `folder` from its newest checkpoint.
 
         Its settings come from the checkpoint. `run` needs the store that the run began with, and its held-out text if
-        it had one.
+        it had one. It may have been written by another number of processes, or by a single one.
 
         Args:
             folder: What `Trainer(configs, folder=...)` was given.
@@ -149,20 +168,18 @@ class Trainer:
             device: As for `Trainer`.
             held_out: As for `Trainer`.
             log: As for `Trainer`.
+            mesh: As for `Trainer`.
 
         Raises:
             FileNotFoundError: `folder` holds no checkpoint, or none of `step`.
             ValueError: The checkpoint is damaged, or the run is of other configs.
         """
         folder = Path(folder)
-        path, header, _ = checkpoint = read_checkpoint(folder, step=step)
+        path, header, _ = checkpoint = read_checkpoint(folder, step=step, ranks=Ranks(mesh))
         try:
             kept = [config_of(fields) for fields in header["configs"]]
-            trainer = cls(kept, device=device, held_out=held_out, log=log, **header["settings"])
-            for index, (cfg, shape) in enumerate(zip(kept, header["learners"], strict=True)):
-                learner = Learner(cfg, **shape, device=trainer.device)
-                learner.load_state(checkpoint.below(f"learner.{index}."))
-                trainer._learners.append(learner)
+            trainer = cls(kept, device=device, held_out=held_out, log=log, mesh=mesh, **header["settings"])
+            trainer._learners = learners_of(checkpoint, kept, device=trainer.device, ranks=trainer._ranks)
             trainer._reader_states = {cfg.batch_size: checkpoint.below(f"reader.{cfg.batch_size}.") for cfg in kept}
             trainer.evaluations = {int(i): EvalResult.from_json(text) for i, text in header["evaluations"].items()}
             trainer._store_identity, trainer._held_out_identity = header["store"], header["held_out"]
@@ -186,8 +203,11 @@ class Trainer:
         in it is not finite, the last checkpoint stays instead. A loop that is broken off can be taken up by another
         call.
 
+        On several ranks all of them break off at the same step or none does: a signal to one of them stops all. Where
+        one goes elsewhere by itself, or dies, the others fail, and the last checkpoint stays.
+
         Args:
-            store: Activations at the sites of all configs.
+            store: Activations at the sites of all configs; on several ranks, every one opens the same.
             progress: Whether a progress bar is shown.
 
         Yields:
@@ -204,10 +224,14 @@ class Trainer:
         self._begin(store)
         total = max(cfg.steps for cfg in self.configs)
         label = "train, resumed" if self.step else "train"
-        interrupts = Interrupts(self._checkpoint, self._interrupted)
+        agreement = self._ranks.agreement
+        interrupts = Interrupts(
+            self._checkpoint, self._interrupted, agree=None if self._ranks.alone else agreement.largest
+        )
+        hidden = not (progress and self._ranks.first)
         with (
             interrupts.handled(),
-            tqdm(total=total, initial=self.step, desc=label, unit="step", disable=not progress) as bar,
+            tqdm(total=total, initial=self.step, desc=label, unit="step", disable=hidden) as bar,
         ):
             try:
                 with interrupts.working():
@@ -218,11 +242,13 @@ class Trainer:
                         results = self._advance()
                         if self.step % self.checkpoint_every == 0 or self.step == total:
                             self._checkpoint()
-                    _show(bar, results)
+                    show(bar, results)
                     yield from self._deliver()
             except BaseException:
-                with interrupts.working():
-                    self._checkpoint()
+                # A checkpoint is written together, so only where all ranks have come to this point.
+                if agreement.all_reach(self.step):
+                    with interrupts.working():
+                        self._checkpoint()
                 raise
             finally:
                 if self._json is not None:
@@ -230,6 +256,8 @@ class Trainer:
 
     def result(self) -> list[HookedSAE]:
         """Give the dictionaries in their inference form: they read and write raw activations.
+
+        On several ranks all of them ask for it, and each gets the whole dictionaries.
 
         Raises:
             ValueError: Nothing has been trained yet.
@@ -245,22 +273,26 @@ class Trainer:
                 f"Step {self.step} of this run was broken off halfway, or a number in it was not finite. Take the run "
                 "up from its last checkpoint with Trainer.resume(folder), or train anew."
             )
-        identity = identity_of(store, self.configs)
-        if self._learners:
-            refuse_another(self._store_identity, identity)
+        ranks = self._ranks
+        with ranks.agreement.together():
+            identity = identity_of(store, self.configs)
+            if self._learners:
+                refuse_another(self._store_identity, identity)
+        ranks.agreement.refuse_differences(store=identity, step=self.step)
         self._check_held_out(store)
         groups = self._groups
-        if self._store is not store:
-            groups = groups_of(self.configs, store, seed=self.seed)
-            for group in groups:
-                if group.batch_size in self._reader_states:
-                    group.reader.load_state(self._reader_states[group.batch_size])
-        if self.folder is not None:
-            remove_newer(self.folder, step=self.step)
-            self._json = JsonLog(self.folder / LOG_NAME, size=self._log_size)
-            self._log_size = self._json.size
+        with ranks.agreement.together():
+            if self._store is not store:
+                groups = groups_of(self.configs, store, seed=self.seed, ranks=ranks)
+                for group in groups:
+                    if group.batch_size in self._reader_states:
+                        group.reader.load_state(self._reader_states[group.batch_size])
+            if self.folder is not None and ranks.first:
+                remove_newer(self.folder, step=self.step)
+                self._json = JsonLog(self.folder / LOG_NAME, size=self._log_size)
+                self._log_size = self._json.size
         if not self._learners:
-            for cfg in self.configs:
+            for cfg in self.configs if ranks.first else ():
                 for message in filter(None, (cfg.threshold_warning(), cfg.warm_up_warning())):
                     warnings.warn(message, UserWarning, stacklevel=3)
             self._learners = [self._learner(cfg, store) for cfg in self.configs]
@@ -268,14 +300,16 @@ class Trainer:
         self._reported = dict.fromkeys(range(len(self.configs)), (self.step, self._seconds))
 
     def _check_held_out(self, store: ActivationStore) -> None:
-        identity = None if self.held_out is None else self.held_out.identity
+        # The first rank alone evaluates, and all of them have to know when.
+        identity = self._ranks.agreement.from_first(None if self.held_out is None else self.held_out.identity)
         if self._learners and identity != self._held_out_identity:
             raise ValueError(
                 f"This run began with other held-out text: {self._held_out_identity}, now {identity}. Give "
                 "Trainer.resume(folder, held_out=...) the same, so that the run equals an unbroken one."
             )
-        if self.held_out is not None:
-            self.held_out.check(store)
+        with self._ranks.agreement.together():
+            if self.held_out is not None and self._ranks.first:
+                self.held_out.check(store)
         self._held_out_identity = identity
 
     def _learner(self, cfg: TrainConfig, store: ActivationStore) -> Learner:
@@ -286,6 +320,7 @@ class Trainer:
             scale=store.scale(cfg.hook_in),
             model=store.manifest.model,
             device=self.device,
+            ranks=self._ranks,
         )
 
     def _advance(self) -> list[StepResult]:
@@ -311,7 +346,7 @@ class Trainer:
                 self._log_size = self._json.size
         self._undelivered.extend(results)
         self._settled = True
-        for result in results:
+        for result in results if self._ranks.first else ():
             for log in self.log:
                 log(result)
         return results
@@ -321,13 +356,12 @@ class Trainer:
         return running and (self.step % self.report_every == 0 or self.step == cfg.steps or self._evaluates(cfg))
 
     def _evaluates(self, cfg: TrainConfig) -> bool:
-        return self.held_out is not None and (self.step % self.evaluate_every == 0 or self.step == cfg.steps)
+        return self._held_out_identity is not None and (self.step % self.evaluate_every == 0 or self.step == cfg.steps)
 
     def _result(self, index: int, reading: Reading) -> StepResult:
         cfg, learner = self.configs[index], self._learners[index]
         if self._evaluates(cfg):
-            assert self.held_out is not None
-            self.evaluations[index] = self.held_out.evaluate(learner.result())
+            self.evaluations[index] = self._evaluate(learner.result())
         (step, seconds), self._reported[index] = self._reported[index], (self.step, self._seconds)
         return StepResult(
             index=index,
@@ -341,6 +375,18 @@ class Trainer:
             evaluation=self.evaluations[index] if self._evaluates(cfg) else None,
         )
 
+    def _evaluate(self, sae: HookedSAE) -> EvalResult:
+        """Evaluate on the first rank, while the others wait for the result."""
+        agreement = self._ranks.agreement
+        evaluated: EvalResult | None = None
+        with agreement.together():
+            if self._ranks.first:
+                assert self.held_out is not None
+                evaluated = self.held_out.evaluate(sae)
+        evaluated = agreement.from_first(evaluated)
+        assert evaluated is not None
+        return evaluated
+
     def _deliver(self) -> Iterator[StepResult]:
         while self._undelivered:
             yield self._undelivered.popleft()
@@ -351,34 +397,23 @@ class Trainer:
             return
         self._settled = False  # until the numbers of the last updates have been checked
         self._readings.read(remedy=self._last_checkpoint())
-        state: dict[str, Tensor] = {}
-        for index, learner in enumerate(self._learners):
-            own = learner.state()
-            for name, tensor in own.items():
-                if tensor.is_floating_point() and tensor.numel() and not _all_finite(tensor):
-                    raise ValueError(
-                        f"{name} of {self.names[index]} is not finite after step {self.step}; lower the learning rate. "
-                        f"{self._last_checkpoint()}"
-                    )
-            state |= {f"learner.{index}.{name}": tensor for name, tensor in own.items()}
-        for group in self._groups:
-            state |= {f"reader.{group.batch_size}.{name}": t for name, t in group.reader.state().items()}
+        with self._ranks.agreement.together():
+            state = run_tensors(self._learners, self._groups, names=self.names, remedy=self._last_checkpoint())
         self._settled = True
         header = {
             "configs": [asdict(cfg) for cfg in self.configs],
-            "settings": {name: getattr(self, name) for name in _SETTINGS},
-            "learners": [
-                {"d_in": s.cfg.d_in, "d_out": s.cfg.d_out, "scale": learner.scale, "model": s.cfg.model}
-                for learner in self._learners
-                for s in (learner.sae,)
-            ],
+            "settings": self._settings(),
+            "learners": learner_shapes(self._learners),
             "store": self._store_identity,
             "held_out": self._held_out_identity,
             "evaluations": {index: result.to_json() for index, result in self.evaluations.items()},
             "log_size": self._log_size,
         }
-        write_checkpoint(self.folder, header, state, step=self.step, keep=self.keep)
+        write_checkpoint(self.folder, header, state, step=self.step, keep=self.keep, ranks=self._ranks)
         self._saved_step = self.step
+
+    def _settings(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _SETTINGS}
 
     def _last_checkpoint(self) -> str:
         if self.folder is None:
@@ -390,28 +425,6 @@ class Trainer:
         return text if self.folder is None else f"{text}; Trainer.resume({str(self.folder)!r}) goes on from there"
 
 
-def _all_finite(tensor: Tensor) -> bool:
-    low, high = tensor.aminmax()
-    return bool(torch.isfinite(low) and torch.isfinite(high))
-
-
 def _refuse_others(folder: Path, kept: Sequence[TrainConfig], asked: Sequence[TrainConfig]) -> None:
     if found := differences(kept, asked):
         raise ValueError(f"{folder} holds a run of other configs: {found}. Give the same, or choose another folder.")
-
-
-def _show(bar: "tqdm[Any]", results: Sequence[StepResult]) -> None:
-    """Move the progress bar; with several dictionaries it shows the range of each number."""
-    if results and not bar.disable:
-        shown: list[str] = []
-        for label, name, form in (
-            ("loss", "loss", ".3g"),
-            ("L0", "l0", ".1f"),
-            ("FVU", "fvu", ".3f"),
-            ("tokens/s", "tokens_per_second", ",.0f"),
-        ):
-            values = [float(getattr(result, name)) for result in results]
-            ends = dict.fromkeys(format(value, form) for value in (min(values), max(values)))
-            shown.append(f"{label} {' to '.join(ends)}")
-        bar.set_postfix_str(", ".join(shown), refresh=False)
-    bar.update()

@@ -201,6 +201,11 @@ class ActivationStore:
         """Hook names, as the harvest spelt them."""
         return self.manifest.sites
 
+    @property
+    def streams(self) -> bool:
+        """Whether the rows are made while they are read (`ActivationStore.stream`)."""
+        return isinstance(self._source, Stream)
+
     def width(self, site: str) -> int:
         """Give the width of a site's rows.
 
