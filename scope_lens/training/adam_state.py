@@ -35,4 +35,11 @@ def load_adam_state(adam: torch.optim.Adam, parameters: Mapping[str, Tensor], st
     """
     for name, parameter in parameters.items():
         keys = [key for key in state if key.startswith(f"adam.{name}.")]
-        adam.state[parameter] = {key.rsplit(".", 1)[1]: state[key].clone().to(parameter.device) for key in keys}
+        adam.state[parameter] = {key.rsplit(".", 1)[1]: _beside(parameter, state[key]) for key in keys}
+
+
+def _beside(parameter: Tensor, value: Tensor) -> Tensor:
+    """A copy in the memory layout of the parameter: Adam's fused implementation goes through both in one order."""
+    if value.shape != parameter.shape:
+        return value.clone().to(parameter.device)
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)

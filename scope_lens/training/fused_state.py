@@ -65,7 +65,7 @@ class FusedState:
         """Let Adam apply the vectors' gradients, unless updates are halted."""
         self._vector_adam.param_groups[0]["lr"] = lr
         # The fused implementation skips an update on the device where this is 1, as it does for a gradient scaler.
-        self._vector_adam.found_inf = self.halted.clamp(max=1).float()  # pyright: ignore[reportAttributeAccessIssue]
+        self._vector_adam.found_inf = self.halted[0].clamp(max=1).float()  # pyright: ignore[reportAttributeAccessIssue]
         self._vector_adam.step()
 
     @torch.no_grad()
