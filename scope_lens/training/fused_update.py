@@ -67,8 +67,9 @@ class Trained(NamedTuple):
 
 @torch.no_grad()
 def launch(trained: Trained, flight: InFlight, *, capacity: int | None) -> Int[Tensor, "2"]:
-    """Launch an update, and give two counts, the largest of all ranks: entries that matter in the fullest
-    row, and their sum over the rows.
+    """Launch an update, and count the entries that matter: in the fullest row, and over all rows.
+
+    On several ranks the counts are the largest of all.
 
     Args:
         trained: What is updated.
