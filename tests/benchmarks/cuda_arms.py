@@ -57,9 +57,18 @@ def unit_rows(work: Work, device: str) -> Tensor:
 # ---- trainers ----
 
 
-def ours(work: Work, x: Tensor, device: str, *, kernels: str = "auto") -> Arm:
-    """`Learner.update` with the fused kernels."""
+def kernels_for(device: str):
+    """Triton's kernels on a GPU, their twins elsewhere."""
+    from scope_lens.training.kernels.choice import resolve
+    from scope_lens.training.kernels.kernel_set import eager_kernels, triton_kernels
+
+    return triton_kernels() if resolve("auto", torch.device(device)) == "triton" else eager_kernels()
+
+
+def ours(work: Work, x: Tensor, device: str, *, dense: bool = False) -> Arm:
+    """`Learner.update` with the fused kernels on bfloat16 operands, as they choose their way, or always densely."""
     from scope_lens.training import TrainConfig
+    from scope_lens.training.dispatch import BREAK_EVEN
     from scope_lens.training.learner import Learner
 
     site = "blocks.12.hook_resid_post"
@@ -68,8 +77,17 @@ def ours(work: Work, x: Tensor, device: str, *, kernels: str = "auto") -> Arm:
         learning_rate=LR, lr_warmup=0, sparsity_warmup=0, bandwidth=BANDWIDTH, threshold_init=work.threshold,
         threshold="direct",
     )  # fmt: skip
-    learner = Learner(cfg, d_in=work.d, d_out=work.d, scale=work.d**0.5, model="random", device=device, kernels=kernels)
-    return Arm("scope_lens", lambda: learner.update(x, x), learner)
+    learner = Learner(
+        cfg,
+        d_in=work.d,
+        d_out=work.d,
+        scale=work.d**0.5,
+        model="random",
+        device=device,
+        kernels=kernels_for(device),
+        break_even=0.0 if dense else BREAK_EVEN,
+    )
+    return Arm("scope_lens, dense" if dense else "scope_lens", lambda: learner.update(x, x), learner)
 
 
 def sae_lens(work: Work, x: Tensor, device: str) -> Arm:
