@@ -5,8 +5,8 @@ is a sum over them alone (`scope_lens.training.jumprelu_step` has the formulas).
 
 1. `Entries`: row by row, latents ascending, padded to a capacity, so that the shapes do not depend on the data. Sums
    over a row's entries (reconstruction, L0) read one line.
-2. `Columns`: a permutation of the same slots, latent by latent, rows ascending. Sums over a latent's entries (its weight
-   gradients, its threshold's) read one stretch. No sum needs atomics, so each has the same bits on every run.
+2. `Columns`: a permutation of the same slots, latent by latent, rows ascending. Sums over a latent's entries (its
+   weights' gradients, its threshold's) read one stretch. No sum needs atomics, so the bits are the same on every run.
 """
 
 from typing import NamedTuple
