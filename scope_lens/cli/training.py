@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from scope_lens.cli.app import app
 from scope_lens.cli.inputs import ModelDtype, SiteName, documents, language_model
+from scope_lens.cli.processes import is_first, sharing
 from scope_lens.cli.terminal import say, table
 
 if TYPE_CHECKING:
@@ -117,11 +118,15 @@ def train(
     tensorboard: bool = False,
     wandb: str | None = None,
     device: str | None = None,
+    data_parallel: int = 1,
+    latent_parallel: int = 1,
 ) -> None:
     """Train dictionaries on a store, one for each combination of what is named; the same command again goes on.
 
     The folder gets checkpoints, log.jsonl and, at the end, the dictionaries in Gemma Scope's layout below saes/. Ctrl-C
-    leaves a folder that the same command goes on with.
+    leaves a folder that the same command goes on with, on another number of processes too.
+
+    On several devices: torchrun --nproc-per-node 8 -m scope_lens.cli train ... --data-parallel 2 --latent-parallel 4
 
     Args:
         store: Folder that `scope-lens harvest` wrote.
@@ -150,6 +155,8 @@ def train(
         tensorboard: Write the log for TensorBoard too.
         wandb: Project of Weights & Biases to log to.
         device: E.g. cuda:1; a GPU where there is one.
+        data_parallel: Processes that share the rows of each batch.
+        latent_parallel: Processes that share the latents of each dictionary.
     """
     if not sparsity and preset in ("gemma_scope", "gemma_scope_it"):
         raise ValueError(f"--preset {preset} needs --sparsity.")
@@ -157,7 +164,7 @@ def train(
         raise ValueError("--preset gemma_scope_2 needs --target-l0.")
     if held_out and model is None:
         raise ValueError("--held-out needs --model, the language model that the store was harvested from.")
-    stories = documents(held_out)
+    stories = documents(held_out) if is_first() else []
     from scope_lens.releases.placement import check_device
     from scope_lens.training import ActivationStore, Trainer, checkpoints
 
@@ -169,41 +176,46 @@ def train(
         for *place, one in product(site, layer, width, seed)
         for numbers in _combinations(sparsity=sparsity, target_l0=target_l0, k=k)
     ]
-    opened = ActivationStore.open(store)
-    text = _held_out(stories, model=model, dtype=model_dtype, device=device) if stories else None
-    log = _logs(out, tensorboard=tensorboard, wandb=wandb)
-    if resume and checkpoints(out):
-        trainer = Trainer.resume(out, configs=configs, device=device, held_out=text, log=log)
-    else:
-        trainer = Trainer(
-            configs,
-            folder=out,
-            checkpoint_every=checkpoint_every,
-            keep=keep,
-            seed=rows_seed,
-            device=device,
-            held_out=text,
-            evaluate_every=evaluate_every,
-            report_every=report_every,
-            log=log,
-        )
-    try:
-        for _ in trainer.run(opened):
-            pass
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"interrupted after step {trainer.step} of {max(cfg.steps for cfg in configs)}; the same command goes on "
-            "from there"
-        ) from None
-    finally:
-        for one in log:
-            one.close()
+    with sharing(data_parallel=data_parallel, latent_parallel=latent_parallel, device=device) as mesh:
+        opened = ActivationStore.open(store)
+        text = _held_out(stories, model=model, dtype=model_dtype, device=device) if stories else None
+        log = _logs(out, tensorboard=tensorboard, wandb=wandb) if is_first() else []
+        if resume and checkpoints(out):
+            trainer = Trainer.resume(out, configs=configs, device=device, held_out=text, log=log, mesh=mesh)
+        else:
+            trainer = Trainer(
+                configs,
+                folder=out,
+                checkpoint_every=checkpoint_every,
+                keep=keep,
+                seed=rows_seed,
+                device=device,
+                held_out=text,
+                evaluate_every=evaluate_every,
+                report_every=report_every,
+                log=log,
+                mesh=mesh,
+            )
+        try:
+            for _ in trainer.run(opened):
+                pass
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"interrupted after step {trainer.step} of {max(cfg.steps for cfg in configs)}; the same command goes "
+                "on from there"
+            ) from None
+        finally:
+            for one in log:
+                one.close()
+        trained = trainer.result()
+    if not is_first():
+        return
     from scope_lens.training import read_log, save_suite
 
     last = {result.index: result for result in read_log(out / "log.jsonl")}
     # Each dictionary's last update was evaluated.
     on = opened if text is None else [trainer.evaluations[index] for index in range(len(configs))]
-    saved = save_suite(trainer.result(), out / "saes", on=on)
+    saved = save_suite(trained, out / "saes", on=on)
     _table_of([last[index] for index in range(len(configs))], saved)
 
 
