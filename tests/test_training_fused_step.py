@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from scope_lens.training import TrainConfig
+from scope_lens.training import ActivationStore, TrainConfig, Trainer, checkpoints, read_log
+from scope_lens.training.fused_step import kernels_for
 from scope_lens.training.kernels.kernel_set import eager_kernels
 from scope_lens.training.learner import Learner
 
@@ -193,3 +194,74 @@ def test_the_inference_form_is_that_of_the_learner_without_kernels():
     for name, tensor in expected.state_dict().items():
         torch.testing.assert_close(found.state_dict()[name], tensor, rtol=1e-4, atol=1e-6)
     assert ours.dead() == plain.dead()
+
+
+def test_a_trainer_reports_what_was_made_again_and_goes_on_from_a_checkpoint(tmp_path, monkeypatch):
+    """The trainer's own kernels are replaced by the twins, since Triton's need a GPU."""
+    twins = lambda choice, *_: eager_kernels() if choice == "triton" else None
+    monkeypatch.setattr("scope_lens.training.trainer.kernels_for", twins)
+    monkeypatch.setattr("scope_lens.training.trainer.resolve", twins)
+    monkeypatch.setattr("scope_lens.training.dispatch._LEAST", 4)
+    cfg = dataclasses.replace(KINDS["as published"], threshold_init=0.5, steps=30, sparsity_warmup=5)
+    rows = torch.cat([x for x, _ in crowded(cfg, 24)])
+    store = ActivationStore.from_rows({SITE: rows})
+
+    def run(folder, kernels, *, stop=30, every=4):
+        if checkpoints(folder):
+            trainer = Trainer.resume(folder, kernels=kernels)
+        else:
+            trainer = Trainer(cfg, folder=folder, kernels=kernels, report_every=every, checkpoint_every=5)
+        for result in trainer.run(store, progress=False):
+            if result.step >= stop:
+                break
+        return trainer
+
+    plain, ours = run(tmp_path / "plain", "eager"), run(tmp_path / "ours", "triton")
+    run(tmp_path / "broken", "triton", stop=13)
+    broken = run(tmp_path / "broken", "triton")
+    for name, tensor in ours.result()[0].state_dict().items():
+        torch.testing.assert_close(broken.result()[0].state_dict()[name], tensor, rtol=1e-5, atol=1e-7)
+    expected, found = read_log(tmp_path / "plain/log.jsonl"), read_log(tmp_path / "ours/log.jsonl")
+    assert [one.step for one in found] == [4, 8, 12, 16, 20, 24, 28, 30]
+    for one, other in zip(found, expected, strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=2e-2)  # bfloat16
+        assert one.l0 == pytest.approx(other.l0, rel=2e-2)
+    assert plain.step == ours.step == 30
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "kernels='triton' cannot run here: the dictionaries are on 'cpu' and the kernels need CUDA"),
+        ({"device": "cpu"}, "Pass device='cuda' on a machine with an NVIDIA GPU"),
+    ],
+)
+def test_kernels_asked_for_without_cuda_are_refused_with_the_remedy(changes, words, tmp_path):
+    cfg = KINDS["as published"]
+    with pytest.raises(ValueError, match=words):
+        Trainer(cfg, kernels="triton", **{"device": "cpu"} | changes)
+    trainer = Trainer(dataclasses.replace(cfg, steps=1), folder=tmp_path, device="cpu")
+    ((x, _),) = batches(cfg, 1)
+    for _ in trainer.run(ActivationStore.from_rows({SITE: x}), progress=False):
+        pass
+    with pytest.raises(ValueError, match=words):
+        Trainer.resume(tmp_path, kernels="triton", device="cpu")
+
+
+def test_a_run_without_cuda_says_so_in_one_line(capsys):
+    cfg = dataclasses.replace(KINDS["as published"], steps=2, lr_warmup=1, sparsity_warmup=1, threshold="direct")
+    ((x, _),) = batches(cfg, 1)
+    for _ in Trainer(cfg, device="cpu").run(ActivationStore.from_rows({SITE: x})):
+        pass
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("No CUDA device here: training runs on torch's own operations") == 1
+
+
+def test_a_kind_that_no_kernel_trains_is_refused_only_where_kernels_are_insisted_on(monkeypatch):
+    monkeypatch.setattr("scope_lens.training.fused_step.resolve", lambda *_: "triton")
+    cfg = dataclasses.replace(KINDS["as published"], matryoshka=(8,))
+    with pytest.raises(ValueError, match=r"config 1 is 'jumprelu' with aux_k=0, matryoshka=\(8,\), 1 latent shards"):
+        kernels_for("triton", torch.device("cuda"), [PAPER, cfg])
+    assert kernels_for("auto", torch.device("cuda"), [cfg]).name == "triton"
+    assert not hasattr(learner(cfg, kernels=eager_kernels())._fused, "update")

@@ -78,7 +78,7 @@ class FusedState:
         for name, adam in self.adam.items():
             catch_up(adam, step=int(made), beta2=self._cfg.betas[1])
             first = torch.zeros_like(adam.second) if adam.first is None else adam.first
-            tensors[f"adam.{name}.step"] = made
+            tensors[f"adam.{name}.step"] = made.clone()  # safetensors refuses names that share memory
             for key, value in (("exp_avg", first), ("exp_avg_sq", adam.second)):
                 tensors[f"adam.{name}.{key}"] = value.T if name == "W_enc" else value
         return tensors

@@ -9,6 +9,7 @@ So every update is exact and none is lost, and the device never waits for the ho
 """
 
 from collections import deque
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -20,7 +21,8 @@ from scope_lens.training.dispatch import BREAK_EVEN, Dispatcher
 from scope_lens.training.fused_state import FusedState
 from scope_lens.training.fused_update import Trained, launch
 from scope_lens.training.in_flight import LAG, Counts, InFlight
-from scope_lens.training.kernels.kernel_set import Kernels
+from scope_lens.training.kernels.choice import KernelChoice, resolve
+from scope_lens.training.kernels.kernel_set import Kernels, triton_kernels
 from scope_lens.training.losses import LossParts
 from scope_lens.training.objectives import Objective
 from scope_lens.training.ranks import ALONE, Ranks
@@ -33,6 +35,32 @@ def can_fuse(cfg: TrainConfig, ranks: Ranks = ALONE) -> bool:
     if cfg.activation == "topk":
         return not cfg.matryoshka and not cfg.aux_k and ranks.n_latent == 1
     return cfg.activation == "jumprelu" and not cfg.matryoshka
+
+
+def kernels_for(
+    choice: KernelChoice, device: torch.device, configs: Sequence[TrainConfig], ranks: Ranks = ALONE
+) -> Kernels | None:
+    """Give the kernels that a run takes; None where it takes none.
+
+    Args:
+        choice: What was asked for.
+        device: Where the dictionaries are.
+        configs: All dictionaries of the run.
+        ranks: Which rows and latents this process has.
+
+    Raises:
+        ValueError: Triton's kernels are asked for, and cannot run here or do not train one of the dictionaries.
+    """
+    resolved = resolve(choice, device)
+    for index, cfg in enumerate(configs):
+        if choice == "triton" and not can_fuse(cfg, ranks):
+            raise ValueError(
+                f"kernels='triton' trains jumprelu, and topk without aux_k on one latent shard, both without "
+                f"matryoshka; config {index} is {cfg.activation!r} with aux_k={cfg.aux_k}, "
+                f"matryoshka={cfg.matryoshka}, {ranks.n_latent} latent shards. Pass kernels='auto', which takes "
+                "torch's own operations for it."
+            )
+    return triton_kernels() if resolved == "triton" else None
 
 
 class FusedStep:

@@ -35,7 +35,7 @@ class _Noted(NamedTuple):
     step: int
     which: int
     learner: Learner
-    numbers: Tensor
+    numbers: tuple[Tensor, ...]
 
 
 class Readings:
@@ -54,7 +54,8 @@ class Readings:
     def note(self, index: int, learner: Learner, parts: LossParts, batch: Batch) -> None:
         """Keep the numbers of an update that `learner` has just made on `batch`."""
         reads, writes = learner.cfg.hook_in, learner.cfg.hook_out
-        numbers = torch.stack([parts.loss, parts.squared_error, parts.l0, batch.spread(writes), batch.sum(reads)])
+        # What an update has only launched is not final, so nothing is made of it before it is read.
+        numbers = (parts.loss, parts.squared_error, parts.l0, batch.spread(writes), batch.sum(reads))
         self._noted.append(_Noted(learner.step, index, learner, numbers))
 
     def read(self, *, remedy: str) -> dict[int, Reading]:
@@ -69,8 +70,11 @@ class Readings:
         if not self._noted:
             return {}
         noted, self._noted = self._noted, []
+        for learner in {update.learner for update in noted}:
+            learner.settle()
         found: dict[int, Reading] = {}
-        table = self._ranks.sum_over_rows_(torch.stack([update.numbers for update in noted])).tolist()
+        numbers = torch.stack([torch.stack(update.numbers) for update in noted])
+        table = self._ranks.sum_over_rows_(numbers).tolist()
         for (step, index, learner, _), (loss, error, l0, spread, total) in zip(noted, table, strict=True):
             cfg = learner.cfg
             for site, number in ((cfg.hook_in, total), (cfg.hook_out, spread)):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from scope_lens.training.checkpoint import Checkpoint
 from scope_lens.training.config import TrainConfig
+from scope_lens.training.kernels.kernel_set import Kernels
 from scope_lens.training.learner import Learner
 from scope_lens.training.ranks import Ranks
 from scope_lens.training.shared_rows import Group
@@ -52,7 +53,12 @@ def learner_shapes(learners: Sequence[Learner]) -> list[dict[str, Any]]:
 
 
 def learners_of(
-    checkpoint: Checkpoint, configs: Sequence[TrainConfig], *, device: torch.device, ranks: Ranks
+    checkpoint: Checkpoint,
+    configs: Sequence[TrainConfig],
+    *,
+    device: torch.device,
+    ranks: Ranks,
+    kernels: Kernels | None = None,
 ) -> list[Learner]:
     """Make the learners of a checkpoint again, in the state that it holds.
 
@@ -61,6 +67,7 @@ def learners_of(
         configs: Of the run.
         device: Where the dictionaries go.
         ranks: Which rows and latents this process has.
+        kernels: As for `Learner`; they may be others than before.
 
     Raises:
         KeyError: A tensor is missing.
@@ -68,7 +75,7 @@ def learners_of(
     """
     learners: list[Learner] = []
     for index, (cfg, shape) in enumerate(zip(configs, checkpoint.header["learners"], strict=True)):
-        learner = Learner(cfg, **shape, device=device, ranks=ranks)
+        learner = Learner(cfg, **shape, device=device, ranks=ranks, kernels=kernels)
         learner.load_state(checkpoint.below(f"learner.{index}."))
         learners.append(learner)
     return learners

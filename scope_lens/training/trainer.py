@@ -23,6 +23,7 @@ same store (`scope_lens.training.ranks`). All of them get the same results. The 
 evaluates, and shows a progress bar.
 """
 
+import sys
 import time
 import warnings
 from collections import deque
@@ -47,8 +48,10 @@ from scope_lens.training.checkpoint import (
     write_checkpoint,
 )
 from scope_lens.training.config import TrainConfig
+from scope_lens.training.fused_step import kernels_for
 from scope_lens.training.held_out import HeldOut
 from scope_lens.training.interrupts import Interrupts
+from scope_lens.training.kernels.choice import NO_CUDA, KernelChoice, resolve
 from scope_lens.training.learner import Learner, check_divides
 from scope_lens.training.log import LOG_NAME, JsonLog, Log
 from scope_lens.training.progress import show
@@ -78,10 +81,13 @@ class Trainer:
         log: Called with each result, e.g. `TensorboardLog(folder)`; on several ranks, by the first one.
         mesh: The processes that train together, with the dimensions "data" and "latent"; None is this one alone.
             Every process makes a Trainer then, with the same arguments.
+        kernels: What updates are made of: "triton" for the fused kernels, which need CUDA; "eager" for torch's own
+            operations; "auto" for the kernels where they can run. The kernels multiply in bfloat16, sum up in float32.
 
     Raises:
-        ValueError: No config, a setting that is not positive, or `folder` holds a run of other configs; or a mesh that
-            widths or batches do not divide among, or ranks that were given different arguments.
+        ValueError: No config, a setting that is not positive, kernels that cannot run here, or `folder` holds a run of
+            other configs; or a mesh that widths or batches do not divide among, or ranks that were given different
+            arguments.
         FileExistsError: `folder` holds a run of these configs already.
     """
 
@@ -99,6 +105,7 @@ class Trainer:
         report_every: int = 1,
         log: Sequence[Log] = (),
         mesh: DeviceMesh | None = None,
+        kernels: KernelChoice = "auto",
     ) -> None:
         self._ranks = Ranks(mesh)
         self.configs = (configs,) if isinstance(configs, TrainConfig) else tuple(configs)
@@ -111,6 +118,7 @@ class Trainer:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 1 or more.")
         self.names = tuple(config_name(index, cfg) for index, cfg in enumerate(self.configs))
         self.device = self._ranks.device(device)
+        self._kernels = kernels_for(kernels, self.device, self.configs, self._ranks)
         self.held_out = held_out
         self.log = tuple(log)
         self.folder = None if folder is None else Path(folder)
@@ -155,6 +163,7 @@ class Trainer:
         held_out: HeldOut | None = None,
         log: Sequence[Log] = (),
         mesh: DeviceMesh | None = None,
+        kernels: KernelChoice = "auto",
     ) -> "Trainer":
         """Take up the run in `folder` from its newest checkpoint.
 
@@ -169,17 +178,23 @@ class Trainer:
             held_out: As for `Trainer`.
             log: As for `Trainer`.
             mesh: As for `Trainer`.
+            kernels: As for `Trainer`; they may be others than before.
 
         Raises:
             FileNotFoundError: `folder` holds no checkpoint, or none of `step`.
-            ValueError: The checkpoint is damaged, or the run is of other configs.
+            ValueError: The checkpoint is damaged, the run is of other configs, or the kernels cannot run here.
         """
-        folder = Path(folder)
-        path, header, _ = checkpoint = read_checkpoint(folder, step=step, ranks=Ranks(mesh))
+        folder, ranks = Path(folder), Ranks(mesh)
+        resolve(kernels, ranks.device(device))
+        path, header, _ = checkpoint = read_checkpoint(folder, step=step, ranks=ranks)
         try:
             kept = [config_of(fields) for fields in header["configs"]]
-            trainer = cls(kept, device=device, held_out=held_out, log=log, mesh=mesh, **header["settings"])
-            trainer._learners = learners_of(checkpoint, kept, device=trainer.device, ranks=trainer._ranks)
+            trainer = cls(
+                kept, device=device, held_out=held_out, log=log, mesh=mesh, kernels=kernels, **header["settings"]
+            )
+            trainer._learners = learners_of(
+                checkpoint, kept, device=trainer.device, ranks=trainer._ranks, kernels=trainer._kernels
+            )
             trainer._reader_states = {cfg.batch_size: checkpoint.below(f"reader.{cfg.batch_size}.") for cfg in kept}
             trainer.evaluations = {int(i): EvalResult.from_json(text) for i, text in header["evaluations"].items()}
             trainer._store_identity, trainer._held_out_identity = header["store"], header["held_out"]
@@ -229,6 +244,8 @@ class Trainer:
             self._checkpoint, self._interrupted, agree=None if self._ranks.alone else agreement.largest
         )
         hidden = not (progress and self._ranks.first)
+        if self.device.type != "cuda" and not hidden:
+            tqdm.write(NO_CUDA, file=sys.stderr)
         with (
             interrupts.handled(),
             tqdm(total=total, initial=self.step, desc=label, unit="step", disable=hidden) as bar,
@@ -321,6 +338,7 @@ class Trainer:
             model=store.manifest.model,
             device=self.device,
             ranks=self._ranks,
+            kernels=self._kernels,
         )
 
     def _advance(self) -> list[StepResult]:
