@@ -39,6 +39,7 @@ class Residual(NamedTuple):
     squared_error: Float[Tensor, " batch"]
 
 
+@torch.no_grad()
 def decode(
     entries: Entries, W_dec: Float[Tensor, "d_sae d_out"], b_dec: Float[Tensor, " d_out"] | None
 ) -> Float[Tensor, "batch d_out"]:
@@ -55,6 +56,7 @@ def decode(
     return recons if b_dec is None else recons + b_dec
 
 
+@torch.no_grad()
 def residual(
     entries: Entries,
     W_dec: Float[Tensor, "d_sae d_out"],
@@ -80,6 +82,7 @@ def residual(
     return Residual(d_recons.to(W_dec.dtype), latent_gradients(entries, W_dec, d_recons), gap.square().sum(-1))
 
 
+@torch.no_grad()
 def latent_gradients(
     entries: Entries, W_dec: Float[Tensor, "d_sae d_out"], d_recons: Float[Tensor, "batch d_out"]
 ) -> Float[Tensor, "batch capacity"]:

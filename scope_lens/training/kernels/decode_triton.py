@@ -1,3 +1,5 @@
+# pyright: reportMissingParameterType=false
+# A kernel's parameters are pointers and numbers of Triton's language, which has no Python types.
 """The kernels of `decode.py` in Triton: gathers of weight rows, bound by memory.
 
 A row of a batch of 4,096 with 80 entries reads 80 rows of `W_dec`, 4.6 KB each in bfloat16 at d 2304: 1.5 GB a batch.
@@ -7,13 +9,15 @@ The work is therefore cut so that each weight row crosses the memory once and ma
    one entry's 256 columns at once, 16 bytes a lane; 8 of these are in flight in each of 4 warps, and the next
    entries' latents are read while the present weights arrive.
 2. `d_act` is a sum over columns, and a program's part of it needs only its own columns of `d_recons`. So a program
-   goes over its entries twice: first for the reconstruction, then for its part of `d_act`. What it has read, 41 KB for
-   80 entries, is still in the cache the second time: six programs a multiprocessor hold 250 KB, 32 MB on an H200,
-   against 256 KB of first-level and 50 MB of second-level cache.
+   goes over its entries twice: first for the reconstruction, then, backwards, for its part of `d_act`. What it has
+   read, 41 KB for 80 entries, is still in a cache the second time: the five programs that a multiprocessor runs at once
+   hold 205 KB, 27 MB on an H200, against 256 KB of first-level (with shared memory) and 50 MB of second-level cache.
 3. A small kernel adds up the parts, in the order of the columns. No atomics: the same bits on every run.
 
 Programs of one row of the batch are neighbours, so they run at about the same time and a weight row's pages are open.
 """
+
+from typing import no_type_check
 
 import torch
 import triton
@@ -25,8 +29,9 @@ from scope_lens.training.kernels.decode import Residual
 from scope_lens.training.kernels.entries import Entries
 
 _COLUMNS = 256  # of a program: 512 bytes of a bfloat16 row, which a warp loads at once
-_WARPS = 4
-_ENTRIES = 32  # in flight in a program, 8 in each warp
+_WARPS = tl.constexpr(4)
+_IN_FLIGHT = 64  # bytes that a column has in flight in a program: 32 entries in bfloat16, 8 in each warp
+_REGISTERS = 96  # of a thread. Without a limit the assembler aims lower still, and waits for each two loads in turn
 _SPLITS = 4  # programs that share a row's entries in `latent_gradients`
 _SLOTS = 128  # slots of a program that adds up parts
 
@@ -35,12 +40,12 @@ def decode(
     entries: Entries, W_dec: Float[Tensor, "d_sae d_out"], b_dec: Float[Tensor, " d_out"] | None
 ) -> Float[Tensor, "batch d_out"]:
     """Give `x_hat = sum of act * W_dec[latent] (+ b_dec)` for each row, in float32: see `decode.decode`."""
+    assert _rows_follow(entries.latent, entries.act, W_dec)
     (batch, capacity), d_out = entries.latent.shape, W_dec.shape[1]
     recons = torch.empty(batch, d_out, dtype=torch.float32, device=W_dec.device)
     _decode[(batch * triton.cdiv(d_out, _COLUMNS),)](
-        entries.latent, entries.act, entries.count, _rows(W_dec), b_dec, recons, capacity,
-        d_out, _COLUMNS, _ENTRIES, _WARPS, num_warps=_WARPS,
-    )  # fmt: skip
+        entries.latent, entries.act, entries.count, W_dec, b_dec, recons, capacity, **_sizes(W_dec)
+    )
     return recons
 
 
@@ -54,6 +59,7 @@ def residual(
     skip: Float[Tensor, "batch d_out"] | None = None,
 ) -> Residual:
     """Reconstruct, compare with the target, and give the gradient at each entry: see `decode.residual`."""
+    assert _rows_follow(entries.latent, entries.act, W_dec, y, skip)
     (batch, capacity), d_out = entries.latent.shape, W_dec.shape[1]
     parts = triton.cdiv(d_out, _COLUMNS)
     made = Residual(
@@ -64,14 +70,12 @@ def residual(
     d_act_parts = made.d_act.new_empty(batch, parts, capacity)
     error_parts = made.d_act.new_empty(batch, parts)
     _residual[(batch * parts,)](
-        entries.latent, entries.act, entries.count, _rows(W_dec), b_dec, _rows(y), _rows(skip),
-        made.d_recons, d_act_parts, error_parts, 2 / rows, capacity,
-        d_out, _COLUMNS, _ENTRIES, _WARPS, num_warps=_WARPS,
+        entries.latent, entries.act, entries.count, W_dec, b_dec, y, skip,
+        made.d_recons, d_act_parts, error_parts, 2 / rows, capacity, **_sizes(W_dec),
     )  # fmt: skip
     _add_parts[(batch, triton.cdiv(capacity, _SLOTS))](
-        entries.count, d_act_parts, error_parts, made.d_act, made.squared_error, capacity,
-        parts, triton.next_power_of_2(parts), _SLOTS,
-    )  # fmt: skip
+        entries.count, d_act_parts, error_parts, made.d_act, made.squared_error, capacity, **_part_sizes(parts)
+    )
     return made
 
 
@@ -79,28 +83,41 @@ def latent_gradients(
     entries: Entries, W_dec: Float[Tensor, "d_sae d_out"], d_recons: Float[Tensor, "batch d_out"]
 ) -> Float[Tensor, "batch capacity"]:
     """Give `d_act = d_recons . W_dec[latent]` at each entry, in float32: see `decode.latent_gradients`."""
-    (batch, capacity), d_out = entries.latent.shape, W_dec.shape[1]
+    assert _rows_follow(entries.latent, W_dec, d_recons)
+    batch, capacity = entries.latent.shape
     d_act = torch.zeros(batch, capacity, dtype=torch.float32, device=W_dec.device)
-    _latent_gradients[(batch, min(_SPLITS, triton.cdiv(capacity, _ENTRIES)))](
-        entries.latent, entries.count, _rows(W_dec), _rows(d_recons), d_act, capacity,
-        d_out, _COLUMNS, _ENTRIES, num_warps=_WARPS,
-    )  # fmt: skip
+    sizes = _sizes(W_dec)
+    _latent_gradients[(batch, min(_SPLITS, triton.cdiv(capacity, sizes["ENTRIES"])))](
+        entries.latent, entries.count, W_dec, d_recons, d_act, capacity, **sizes
+    )
     return d_act
 
 
-def _rows(matrix: Tensor | None) -> Tensor | None:
-    """The matrix itself, whose rows the kernels expect one behind the other."""
-    assert matrix is None or matrix.is_contiguous(), f"rows must be contiguous; found strides {matrix.stride()}"
-    return matrix
+def _sizes(W_dec: Tensor) -> dict[str, int]:
+    """Give what is known when a kernel is compiled: columns of a row, of a program, entries in flight, warps."""
+    entries = _IN_FLIGHT // W_dec.itemsize
+    sizes = {"D": W_dec.shape[1], "COLUMNS": _COLUMNS, "ENTRIES": entries}
+    return sizes | {"num_warps": _WARPS.value, "maxnreg": _REGISTERS}
 
 
+def _part_sizes(parts: int) -> dict[str, int]:
+    return {"PARTS": parts, "PADDED": triton.next_power_of_2(parts), "SLOTS": _SLOTS}
+
+
+def _rows_follow(*tensors: Tensor | None) -> bool:
+    """Whether the rows of each stand one behind the other, as the kernels expect."""
+    return all(tensor is None or tensor.is_contiguous() for tensor in tensors)
+
+
+@no_type_check
 @triton.jit
-def _weighted_sum(latent, act, n, W, cols, in_row, D: tl.constexpr, ENTRIES: tl.constexpr, WARPS: tl.constexpr):
+def _weighted_sum(latent, act, n, capacity, W, cols, in_row, D: tl.constexpr, ENTRIES: tl.constexpr):
     """`sum of act * W[latent, cols]` over n entries, each warp over entries of its own until the end."""
     slot = tl.arange(0, ENTRIES)
-    total = tl.zeros((WARPS, cols.shape[0]), tl.float32)
-    which = tl.load(latent + slot, mask=slot < n, other=0).to(tl.int64)
-    weight = tl.load(act + slot, mask=slot < n, other=0.0)
+    total = tl.zeros((_WARPS, cols.shape[0]), tl.float32)
+    # The first latents do not wait for n; what is padding among them is left out below.
+    which = tl.load(latent + slot, mask=slot < capacity, other=0).to(tl.int64)
+    weight = tl.load(act + slot, mask=slot < capacity, other=0.0)
     for first in range(0, n, ENTRIES):
         there = first + slot < n
         picked = tl.load(W + which[:, None] * D + cols[None, :], mask=there[:, None] & in_row[None, :], other=0.0)
@@ -108,34 +125,36 @@ def _weighted_sum(latent, act, n, W, cols, in_row, D: tl.constexpr, ENTRIES: tl.
         ahead = first + ENTRIES + slot
         next_which = tl.load(latent + ahead, mask=ahead < n, other=0).to(tl.int64)
         next_weight = tl.load(act + ahead, mask=ahead < n, other=0.0)
-        # Entry e is loaded by warp e % WARPS: this sum stays inside each thread.
-        weighted = tl.reshape(weight[:, None] * picked.to(tl.float32), (ENTRIES // WARPS, WARPS, cols.shape[0]))
-        total += tl.sum(weighted, axis=0)
+        # Entry e is loaded by warp e % 4: this sum stays inside each thread.
+        weighted = tl.where(there, weight, 0.0)[:, None] * picked.to(tl.float32)
+        total += tl.sum(tl.reshape(weighted, (ENTRIES // _WARPS, _WARPS, cols.shape[0])), axis=0)
         which = next_which
         weight = next_weight
     return tl.sum(total, axis=0)
 
 
+@no_type_check
 @triton.jit
 def _decode(
     latent, act, count, W, bias, recons, capacity,
-    D: tl.constexpr, COLUMNS: tl.constexpr, ENTRIES: tl.constexpr, WARPS: tl.constexpr,
+    D: tl.constexpr, COLUMNS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) // tl.cdiv(D, COLUMNS)).to(tl.int64)
     cols = tl.program_id(0) % tl.cdiv(D, COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)
     in_row = cols < D
     n = tl.minimum(tl.load(count + row), capacity)
     slots = row * capacity
-    total = _weighted_sum(latent + slots, act + slots, n, W, cols, in_row, D, ENTRIES, WARPS)
+    total = _weighted_sum(latent + slots, act + slots, n, capacity, W, cols, in_row, D, ENTRIES)
     if bias is not None:
         total += tl.load(bias + cols, mask=in_row, other=0.0).to(tl.float32)
     tl.store(recons + row * D + cols, total, mask=in_row)
 
 
+@no_type_check
 @triton.jit
 def _residual(
     latent, act, count, W, bias, y, skip, d_recons, d_act_parts, error_parts, scale, capacity,
-    D: tl.constexpr, COLUMNS: tl.constexpr, ENTRIES: tl.constexpr, WARPS: tl.constexpr,
+    D: tl.constexpr, COLUMNS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) // tl.cdiv(D, COLUMNS)).to(tl.int64)
     cols = tl.program_id(0) % tl.cdiv(D, COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)
@@ -144,7 +163,7 @@ def _residual(
     # What the sum is compared with is asked for first and arrives meanwhile.
     target = tl.load(y + row * D + cols, mask=in_row, other=0.0)
     slots = row * capacity
-    total = _weighted_sum(latent + slots, act + slots, n, W, cols, in_row, D, ENTRIES, WARPS)
+    total = _weighted_sum(latent + slots, act + slots, n, capacity, W, cols, in_row, D, ENTRIES)
     if bias is not None:
         total += tl.load(bias + cols, mask=in_row, other=0.0).to(tl.float32)
     if skip is not None:
@@ -155,8 +174,9 @@ def _residual(
     part = tl.program_id(0).to(tl.int64)
     tl.store(error_parts + part, tl.sum(gap * gap, axis=0))
 
-    for first in range(0, n, ENTRIES):
-        slot = first + tl.arange(0, ENTRIES)
+    # Backwards: what was read last is the most likely to be in the cache still.
+    for back in range(0, n, ENTRIES):
+        slot = (n - 1) // ENTRIES * ENTRIES - back + tl.arange(0, ENTRIES)
         there = slot < n
         which = tl.load(latent + slots + slot, mask=there, other=0).to(tl.int64)
         picked = tl.load(
@@ -168,6 +188,7 @@ def _residual(
         tl.store(d_act_parts + part * capacity + slot, tl.sum(picked.to(tl.float32) * d[None, :], axis=1), mask=there)
 
 
+@no_type_check
 @triton.jit
 def _add_parts(
     count, d_act_parts, error_parts, d_act, squared_error, capacity,
@@ -188,10 +209,12 @@ def _add_parts(
         tl.store(squared_error + row, tl.sum(errors, axis=0))
 
 
+@no_type_check
 @triton.jit
 def _latent_gradients(
-    latent, count, W, d_recons, d_act, capacity, D: tl.constexpr, COLUMNS: tl.constexpr, ENTRIES: tl.constexpr
-):
+    latent, count, W, d_recons, d_act, capacity,
+    D: tl.constexpr, COLUMNS: tl.constexpr, ENTRIES: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     n = tl.minimum(tl.load(count + row), capacity)
     for first in range(tl.program_id(1) * ENTRIES, n, tl.num_programs(1) * ENTRIES):
@@ -202,7 +225,7 @@ def _latent_gradients(
         for column in range(0, D, COLUMNS):
             cols = column + tl.arange(0, COLUMNS)
             in_row = cols < D
-            d = tl.load(d_recons + row * D + cols, mask=in_row, other=0.0).to(tl.float32)
             picked = tl.load(W + which[:, None] * D + cols[None, :], mask=there[:, None] & in_row[None, :], other=0.0)
+            d = tl.load(d_recons + row * D + cols, mask=in_row, other=0.0).to(tl.float32)
             total += tl.sum(picked.to(tl.float32) * d[None, :], axis=1)
         tl.store(d_act + row * capacity + slot, total, mask=there)

@@ -37,6 +37,7 @@ class LatentSums(NamedTuple):
     d_pre: Float[Tensor, " d_sae"]
 
 
+@torch.no_grad()
 def latent_sums(
     entries: Entries,
     d_act: Float[Tensor, "batch capacity"],

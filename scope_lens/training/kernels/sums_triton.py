@@ -1,3 +1,5 @@
+# pyright: reportMissingParameterType=false
+# A kernel's parameters are pointers and numbers of Triton's language, which has no Python types.
 """The kernel of `sums.py` in Triton.
 
 1. A program takes some neighbouring latents and the first 32 entries of each at once: at 65k latents and L0 80 a
@@ -8,6 +10,8 @@
 Sums run over lanes and turns in a fixed order, without atomics: the same bits on every run.
 """
 
+from typing import no_type_check
+
 import torch
 import triton
 import triton.language as tl
@@ -17,9 +21,11 @@ from torch import Tensor
 from scope_lens.training.kernels.entries import Columns, Entries
 from scope_lens.training.kernels.sums import LatentSums
 
-_LATENTS = 16  # of a program
-_NARROW = 32  # entries of each of them at once
-_WIDE = 1024  # further entries of one latent at once
+_SIZES = {
+    "LATENTS": 16,  # of a program
+    "NARROW": 32,  # entries of each of them at once
+    "WIDE": 1024,  # further entries of one latent at once
+}
 
 
 def latent_sums(
@@ -32,15 +38,17 @@ def latent_sums(
     half_window: float,
 ) -> LatentSums:
     """Sum over each latent's entries: see `sums.latent_sums`."""
+    assert all(values.is_contiguous() for values in (entries.pre, entries.act, d_act))
     d_sae = len(columns.offsets) - 1
     sums = torch.empty(5, d_sae, dtype=torch.float32, device=d_act.device)
-    _latent_sums[(triton.cdiv(d_sae, _LATENTS),)](
+    _latent_sums[(triton.cdiv(d_sae, _SIZES["LATENTS"]),)](
         columns.slot, columns.offsets, entries.pre, entries.act, d_act, threshold, slope, sums,
-        half_window, d_sae, entries.latent.shape[1], _LATENTS, _NARROW, _WIDE,
+        half_window, d_sae, entries.latent.shape[1], **_SIZES,
     )  # fmt: skip
     return LatentSums(*sums)
 
 
+@no_type_check
 @triton.jit
 def _summands(slot, at, end, pre, act, d_act, theta, slope, half_window, capacity):
     """What the entries at the positions `at` add to the five sums: 0 from `end` on."""
@@ -62,6 +70,7 @@ def _summands(slot, at, end, pre, act, d_act, theta, slope, half_window, capacit
     )
 
 
+@no_type_check
 @triton.jit
 def _latent_sums(
     slot, offsets, pre, act, d_act, threshold, slope, sums, half_window, d_sae, capacity,
@@ -75,9 +84,8 @@ def _latent_sums(
     theta = None
     if threshold is not None:
         theta = tl.load(threshold + latent, mask=latent < d_sae, other=0.0)
-    at = begin + lane % NARROW
     fired, inside, price, d_inside, d_pre = _summands(
-        slot, at, end, pre, act, d_act, theta, slope, half_window, capacity
+        slot, begin + lane % NARROW, end, pre, act, d_act, theta, slope, half_window, capacity
     )
     fired = tl.sum(tl.reshape(fired, (LATENTS, NARROW)), axis=1)
     inside = tl.sum(tl.reshape(inside, (LATENTS, NARROW)), axis=1)
@@ -86,16 +94,16 @@ def _latent_sums(
     d_pre = tl.sum(tl.reshape(d_pre, (LATENTS, NARROW)), axis=1)
 
     if tl.max(end - begin, axis=0) > NARROW:
-        for which in range(0, tl.minimum(LATENTS, d_sae - first)):
+        for which in range(tl.minimum(LATENTS, d_sae - first)):
             mine = tl.arange(0, LATENTS) == which
             start = tl.load(offsets + first + which) + NARROW
             stop = tl.load(offsets + first + which + 1)
-            theta = None
+            own_theta = None
             if threshold is not None:
-                theta = tl.load(threshold + first + which)
+                own_theta = tl.load(threshold + first + which)
             for position in range(start, stop, WIDE):
                 at = position + tl.arange(0, WIDE)
-                more = _summands(slot, at, stop, pre, act, d_act, theta, slope, half_window, capacity)
+                more = _summands(slot, at, stop, pre, act, d_act, own_theta, slope, half_window, capacity)
                 fired += tl.where(mine, tl.sum(more[0], axis=0), 0.0)
                 inside += tl.where(mine, tl.sum(more[1], axis=0), 0.0)
                 price += tl.where(mine, tl.sum(more[2], axis=0), 0.0)
