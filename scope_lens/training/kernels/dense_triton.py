@@ -1,0 +1,342 @@
+# pyright: reportMissingParameterType=false
+# A kernel's parameters are pointers and numbers of Triton's language, which has no Python types.
+"""The two products of the dense step that take decisions, as Triton kernels.
+
+Both are tiled products over the inner dimension with the latents down the tile and the batch's rows across it:
+
+1. A program computes a tile of `weights @ rows^T` in float32, on the tensor cores where the operands are bfloat16.
+2. Its epilogue works on the accumulators: bias, threshold and window for the encoder, which counts L0 by atomic adds of
+   integers; masks and five sums over the tile's rows for the gradients, which go into a buffer with a line for every
+   tile of rows, added up afterwards. So the bits are the same on every run.
+3. The tiles of a few latents by all rows come after each other, so that both operands are read from the L2 cache.
+
+With the latents down the tile, a thread holds few latents and many rows: biases and thresholds take a handful of
+registers, and sums over the rows stay within a quarter of a warp. The results are stored latent by latent, for which
+`product` has no need of a copy.
+"""
+
+from typing import NamedTuple, no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+
+from scope_lens.training.kernels.dense import WORD, DenseActs, product
+from scope_lens.training.kernels.sums import LatentSums
+
+__all__ = ["dense_gradients", "dense_residual", "encode_dense", "product"]
+
+_WORD = tl.constexpr(WORD)
+_GROUP = tl.constexpr(8)  # tiles of latents that are worked on together
+
+
+class _Tile(NamedTuple):
+    """The shape of a program's tile and how it is run."""
+
+    latents: int
+    rows: int
+    inner: int
+    warps: int
+    stages: int
+
+
+# One block of 128 x 256 a multiprocessor: the accumulators fill half of the registers, four stages the shared memory.
+_TENSOR_CORES = _Tile(latents=128, rows=256, inner=64, warps=8, stages=4)
+_FLOAT32 = _Tile(latents=64, rows=64, inner=32, warps=4, stages=3)
+_COUNTED_LATENTS, _COUNTED_WORDS = 128, 16
+_RESIDUAL_WIDTH = 1024
+
+
+def encode_dense(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "block d_in"],
+    b_enc: Float[Tensor, " block"],
+    threshold: Float[Tensor, " block"],
+    *,
+    half_window: float,
+) -> DenseActs:
+    """`scope_lens.training.kernels.dense.encode_dense` in one kernel."""
+    (n_rows, inner), n_latents = x.shape, len(W_enc)
+    acts = torch.empty((n_latents, n_rows), dtype=x.dtype, device=x.device)
+    active, inside = (
+        torch.empty((triton.cdiv(n_rows, WORD), n_latents), dtype=torch.int32, device=x.device) for _ in range(2)
+    )
+    l0 = torch.zeros(n_rows, dtype=torch.int32, device=x.device)
+    tile = _tile_for(x)
+    _encode[_grid(tile, n_latents, n_rows)](
+        W_enc.contiguous(), x.contiguous(), b_enc, threshold, half_window, acts, active, inside, l0,
+        n_latents, n_rows, inner, **_launch(tile, inner),
+    )  # fmt: skip
+    return DenseActs(acts.T, active, inside, l0)
+
+
+def dense_residual(
+    recons: Float[Tensor, "batch d_out"],
+    b_dec: Float[Tensor, " d_out"],
+    y: Float[Tensor, "batch d_out"],
+    *,
+    rows: int,
+    operands: torch.dtype,
+    skip: Float[Tensor, "batch d_out"] | None = None,
+) -> tuple[Float[Tensor, "batch d_out"], Float[Tensor, " batch"]]:
+    """`scope_lens.training.kernels.dense.dense_residual` in one pass."""
+    n_rows, d_out = recons.shape
+    d_recons = torch.empty_like(recons, dtype=operands)
+    squared_error = recons.new_empty(n_rows)
+    _residual[(n_rows,)](
+        recons.contiguous(), b_dec, y.contiguous(), recons if skip is None else skip.contiguous(),
+        d_recons, squared_error, 2 / rows, d_out, WIDTH=_RESIDUAL_WIDTH, SKIP=skip is not None,
+    )  # fmt: skip
+    return d_recons, squared_error
+
+
+def dense_gradients(
+    d_recons: Float[Tensor, "batch d_out"],
+    W_dec: Float[Tensor, "block d_out"],
+    acts: DenseActs,
+    slope: Float[Tensor, " batch"],
+) -> tuple[Float[Tensor, "batch block"], LatentSums]:
+    """`scope_lens.training.kernels.dense.dense_gradients` in one kernel and a sum over its tiles of rows."""
+    (n_rows, inner), n_latents = d_recons.shape, len(W_dec)
+    d_pre = torch.empty((n_latents, n_rows), dtype=d_recons.dtype, device=d_recons.device)
+    tile = _tile_for(d_recons)
+    parts = d_pre.new_empty((triton.cdiv(n_rows, tile.rows), 2, n_latents), dtype=torch.float32)
+    _gradients[_grid(tile, n_latents, n_rows)](
+        W_dec.contiguous(), d_recons.contiguous(), acts.active, acts.inside, d_pre, parts,
+        n_latents, n_rows, inner, **_launch(tile, inner),
+    )  # fmt: skip
+    near, total = parts.sum(0)
+    return d_pre.T, LatentSums(*_counts(acts, slope), d_act_inside=near, d_pre=total)
+
+
+def _counts(acts: DenseActs, slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`fired`, `inside` and `slope` of the sums, which the bits alone decide."""
+    (words, n_latents), n_rows = acts.active.shape, len(slope)
+    grid = triton.cdiv(n_latents, _COUNTED_LATENTS), triton.cdiv(words, _COUNTED_WORDS)
+    parts = slope.new_empty((grid[1], 3, n_latents))
+    _count[grid](
+        acts.active, acts.inside, slope, parts, n_latents, n_rows, LATENTS=_COUNTED_LATENTS, WORDS=_COUNTED_WORDS
+    )
+    fired, inside, slopes = parts.sum(0)
+    return fired, inside, slopes
+
+
+@no_type_check
+@triton.jit
+def _encode(
+    weights, rows, bias, threshold, half_window, acts, active_bits, inside_bits, l0, n_latents, n_rows, inner,
+    LATENTS: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """acts: (n_latents, n_rows). The bits: (words of rows, n_latents). l0: (n_rows,), zero before."""
+    first_latent, first_row = _corner(n_latents, n_rows, LATENTS, ROWS)
+    pre = _tile_product(
+        weights, rows, first_latent, first_row, n_latents, n_rows, inner, LATENTS, ROWS, INNER, EVEN, UPCAST
+    )
+    latent = first_latent + tl.arange(0, LATENTS)
+    known = latent < n_latents
+    shift = tl.load(bias + latent, mask=known, other=0.0)[:, None]
+    cut = tl.load(threshold + latent, mask=known, other=0.0)[:, None]
+    corner = acts + (first_latent.to(tl.int64) * n_rows + first_row)
+    at = tl.arange(0, LATENTS)[:, None] * n_rows
+    lane = tl.arange(0, _WORD)
+    for part in tl.static_range(ROWS // _WORD):
+        row = part * _WORD + lane
+        there = known[:, None] & (row < n_rows - first_row)[None, :]
+        value = _columns(pre, part, ROWS // _WORD) + shift
+        active = ((value <= cut) == 0) & there  # so that NaN passes
+        inside = (tl.abs(value - cut) < half_window) & there
+        tl.store(corner + (at + row[None, :]), tl.where(active, value, 0.0).to(acts.dtype.element_ty), mask=there)
+        word = (first_row // _WORD + part).to(tl.int64) * n_latents + latent
+        begun = latent < tl.where(n_rows - first_row > part * _WORD, n_latents, 0)
+        tl.store(active_bits + word, tl.sum(tl.where(active, 1 << lane[None, :], 0), 1), mask=begun)
+        tl.store(inside_bits + word, tl.sum(tl.where(inside, 1 << lane[None, :], 0), 1), mask=begun)
+        tl.atomic_add(
+            l0 + first_row + row, tl.sum(active.to(tl.int32), 0), mask=row < n_rows - first_row, sem="relaxed"
+        )
+
+
+@no_type_check
+@triton.jit
+def _residual(
+    recons, bias, target, skip, d_recons, squared_error, scale, width,
+    WIDTH: tl.constexpr, SKIP: tl.constexpr,
+):  # fmt: skip
+    """One row of each (batch, width) array."""
+    row = tl.program_id(0)
+    start = row.to(tl.int64) * width
+    squares = tl.zeros((WIDTH,), tl.float32)
+    for first in range(0, width, WIDTH):
+        column = first + tl.arange(0, WIDTH)
+        there = column < width
+        at = start + column
+        value = tl.load(recons + at, mask=there, other=0.0)
+        if SKIP:
+            value += tl.load(skip + at, mask=there, other=0.0)
+        error = value + tl.load(bias + column, mask=there, other=0.0) - tl.load(target + at, mask=there, other=0.0)
+        squares += error * error
+        tl.store(d_recons + at, (error * scale).to(d_recons.dtype.element_ty), mask=there)
+    tl.store(squared_error + row, tl.sum(squares, 0))
+
+
+@no_type_check
+@triton.jit
+def _gradients(
+    weights, rows, active_bits, inside_bits, d_pre, parts, n_latents, n_rows, inner,
+    LATENTS: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """d_pre: (n_latents, n_rows). The bits: (words of rows, n_latents). parts: (tiles of rows, 2, n_latents)."""
+    first_latent, first_row = _corner(n_latents, n_rows, LATENTS, ROWS)
+    d_act = _tile_product(
+        weights, rows, first_latent, first_row, n_latents, n_rows, inner, LATENTS, ROWS, INNER, EVEN, UPCAST
+    )
+    latent = first_latent + tl.arange(0, LATENTS)
+    known = latent < n_latents
+    corner = d_pre + (first_latent.to(tl.int64) * n_rows + first_row)
+    at = tl.arange(0, LATENTS)[:, None] * n_rows
+    lane = tl.arange(0, _WORD)
+    near, total = tl.zeros((LATENTS,), tl.float32), tl.zeros((LATENTS,), tl.float32)
+    for part in tl.static_range(ROWS // _WORD):
+        row = part * _WORD + lane
+        word = (first_row // _WORD + part).to(tl.int64) * n_latents + latent
+        begun = latent < tl.where(n_rows - first_row > part * _WORD, n_latents, 0)
+        active = _bits(tl.load(active_bits + word, mask=begun, other=0), lane)
+        inside = _bits(tl.load(inside_bits + word, mask=begun, other=0), lane)
+        value = _columns(d_act, part, ROWS // _WORD)
+        d_active = tl.where(active, value, 0.0)
+        near += tl.sum(tl.where(inside, value, 0.0), 1)
+        total += tl.sum(d_active, 1)
+        there = known[:, None] & (row < n_rows - first_row)[None, :]
+        tl.store(corner + (at + row[None, :]), d_active.to(d_pre.dtype.element_ty), mask=there)
+    line = parts + (first_row // ROWS).to(tl.int64) * 2 * n_latents + latent
+    tl.store(line, near, mask=known)
+    tl.store(line + n_latents, total, mask=known)
+
+
+@no_type_check
+@triton.jit
+def _count(
+    active_bits, inside_bits, slope, parts, n_latents, n_rows,
+    LATENTS: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """parts: (stretches of WORDS words, 3, n_latents)."""
+    latent = tl.program_id(0) * LATENTS + tl.arange(0, LATENTS)
+    known = latent < n_latents
+    lane = tl.arange(0, _WORD)
+    fired, within = tl.zeros((LATENTS,), tl.int32), tl.zeros((LATENTS,), tl.int32)
+    slopes = tl.zeros((LATENTS, _WORD), tl.float32)
+    for step in range(WORDS):
+        word = tl.program_id(1) * WORDS + step
+        row = word * _WORD + lane
+        begun = latent < tl.where(n_rows > word * _WORD, n_latents, 0)
+        at = word.to(tl.int64) * n_latents + latent
+        inside = tl.load(inside_bits + at, mask=begun, other=0)
+        fired += _ones(tl.load(active_bits + at, mask=begun, other=0))
+        within += _ones(inside)
+        slopes += tl.where(_bits(inside, lane), tl.load(slope + row, mask=row < n_rows, other=0.0)[None, :], 0.0)
+    line = parts + tl.program_id(1).to(tl.int64) * 3 * n_latents + latent
+    tl.store(line, fired.to(tl.float32), mask=known)
+    tl.store(line + n_latents, within.to(tl.float32), mask=known)
+    tl.store(line + 2 * n_latents, tl.sum(slopes, 1), mask=known)
+
+
+@no_type_check
+@triton.jit
+def _bits(word, lane):
+    """(latents, rows) of a word's bits as a mask."""
+    return (word[:, None] << (31 - lane)[None, :]) < 0
+
+
+@no_type_check
+@triton.jit
+def _columns(tile, part: tl.constexpr, PARTS: tl.constexpr):
+    """Part number `part` of PARTS equal parts of a tile's columns, a power of two, within the registers."""
+    if PARTS > 1:
+        left, right = tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
+        tile = _columns(left, part, PARTS // 2) if part < PARTS // 2 else _columns(right, part - PARTS // 2, PARTS // 2)
+    return tile
+
+
+@no_type_check
+@triton.jit
+def _ones(word):
+    """Number of ones of each 32-bit word, by sums within pairs, fours and bytes of bits."""
+    word = word.to(tl.uint32, bitcast=True)
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    word = word + (word >> 8)
+    return ((word + (word >> 16)) & 63).to(tl.int32)
+
+
+@no_type_check
+@triton.jit
+def _corner(n_latents, n_rows, LATENTS: tl.constexpr, ROWS: tl.constexpr):
+    """First latent and first row of this program's tile."""
+    latent_tiles, row_tiles = tl.cdiv(n_latents, LATENTS), tl.cdiv(n_rows, ROWS)
+    program = tl.program_id(0)
+    group = program // (_GROUP * row_tiles)
+    size = tl.minimum(latent_tiles - group * _GROUP, _GROUP)
+    within = program - group * _GROUP * row_tiles
+    return (group * _GROUP + within % size) * LATENTS, (within // size) * ROWS
+
+
+@no_type_check
+@triton.jit
+def _offsets(first_latent, first_row, n_rows, LATENTS: tl.constexpr, ROWS: tl.constexpr):
+    """Where the tile's entries stand in a (n_latents, n_rows) array, which may have more than 2^31."""
+    corner = first_latent.to(tl.int64) * n_rows + first_row
+    return corner + (tl.arange(0, LATENTS)[:, None] * n_rows + tl.arange(0, ROWS)[None, :])
+
+
+@no_type_check
+@triton.jit
+def _tile_product(
+    weights, rows, first_latent, first_row, n_latents, n_rows, inner,
+    LATENTS: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """(LATENTS, ROWS) of `weights @ rows^T`; what lies beyond the edges repeats the last latent and the last row."""
+    latent = tl.minimum(first_latent + tl.arange(0, LATENTS), n_latents - 1) - first_latent
+    row = tl.minimum(first_row + tl.arange(0, ROWS), n_rows - 1) - first_row
+    step = tl.arange(0, INNER)
+    weight_at = weights + first_latent.to(tl.int64) * inner + (latent[:, None] * inner + step[None, :])
+    row_at = rows + first_row.to(tl.int64) * inner + (row[None, :] * inner + step[:, None])
+    total = tl.zeros((LATENTS, ROWS), tl.float32)
+    for start in range(0, inner, INNER):
+        if EVEN:
+            a, b = tl.load(weight_at), tl.load(row_at)
+        else:
+            left = step < inner - start
+            a, b = tl.load(weight_at, mask=left[None, :], other=0.0), tl.load(row_at, mask=left[:, None], other=0.0)
+        if UPCAST:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        total = tl.dot(a, b, total, input_precision="ieee")
+        weight_at += INNER
+        row_at += INNER
+    return total
+
+
+# The interpreter multiplies the bits of bfloat16 as integers; in float32 it is right.
+_INTERPRETED = type(_encode) is not triton.JITFunction
+
+
+def _tile_for(operand: Tensor) -> _Tile:
+    return _FLOAT32 if operand.dtype == torch.float32 else _TENSOR_CORES
+
+
+def _grid(tile: _Tile, n_latents: int, n_rows: int) -> tuple[int]:
+    return (triton.cdiv(n_latents, tile.latents) * triton.cdiv(n_rows, tile.rows),)
+
+
+def _launch(tile: _Tile, inner: int) -> dict[str, int | bool]:
+    """The settings that both kernels are compiled with."""
+    return {
+        "LATENTS": tile.latents,
+        "ROWS": tile.rows,
+        "INNER": tile.inner,
+        "EVEN": inner % tile.inner == 0,
+        "UPCAST": _INTERPRETED,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
