@@ -134,21 +134,22 @@ def test_five_hundred_lazy_updates_are_those_of_adam_on_every_row(unit_rows, bet
     assert case.state.last.unique().tolist() == [500]
 
 
-def test_float32_follows_float64():
-    case = Case(40, 24, unit_rows=True)
+# ---- both against Adam ----
+
+
+@pytest.mark.parametrize(("module", "d_sae", "steps"), [(update, 40, 500), (update_triton, 10, 100)])
+def test_float32_follows_float64(module, d_sae, steps, device):
+    case = Case(d_sae, 24, unit_rows=True, device=device)
     reference = Reference(case)
-    for _ in range(500):
-        dense = random_dense(8, 40, 0.3) * (torch.rand(40) < 0.1)
+    for _ in range(steps):
+        dense = random_dense(8, d_sae, 0.3) * (torch.rand(d_sae) < 0.1)
         rows = torch.randn(8, 24)
-        case.update(update, source_of(dense, rows))
+        case.update(module, source_of(dense.to(device), rows.to(device)))
         reference.update(dense.double().T @ rows.double())
     catch_up(case.state, case.step, 0.999)
-    assert (case.weight - reference.weight).abs().max() < 2e-5
-    torch.testing.assert_close(case.state.second, reference.second.float(), rtol=1e-4, atol=1e-8)
+    assert (case.weight.cpu() - reference.weight).abs().max() < 2e-5
+    torch.testing.assert_close(case.state.second.cpu(), reference.second.float(), rtol=1e-4, atol=1e-8)
     assert (case.weight.norm(dim=1) - 1).abs().max() < 1e-6
-
-
-# ---- both against Adam ----
 
 
 @pytest.mark.parametrize("module", [update, update_triton])
@@ -202,7 +203,7 @@ def test_ragged_sizes(batch, d_sae, d, operands, unit_rows, device):
 
 
 def test_a_latent_with_an_entry_in_every_row_is_summed_in_chunks(device, monkeypatch):
-    monkeypatch.setattr(update_triton, "CHUNK", 8)
+    monkeypatch.setattr(update_triton, "CHUNK", 16)
     dense = random_dense(37, 20, 0.1)
     dense[:, 3], dense[:30, 4], dense[:5, 5], dense[:16, 19] = (torch.randn(n) for n in (37, 30, 5, 16))
     dense[:, 11:17] = 0
@@ -332,6 +333,31 @@ def test_catching_up_at_any_time_changes_rounding_alone():
             catch_up(other.state, step, 0.999)
             assert other.state.last.unique().tolist() == [step]
     torch.testing.assert_close(case.weight, other.weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_numbers_beyond_two_to_the_31():
+    d_sae, d = 2**20, 2304
+    small = Case(3, d, unit_rows=True, device="cuda")
+    dense = torch.tensor([[1.0, 0.0, 2.0], [0.0, 0.0, -1.0]], device="cuda")
+    source = source_of(dense, torch.randn(2, d, device="cuda"))
+    large = small.copy()
+    large.weight, large.shadow = (
+        torch.ones(d_sae, d, dtype=t.dtype, device="cuda") for t in (small.weight, small.shadow)
+    )
+    large.state = RowAdam(torch.zeros_like(large.weight), None, torch.zeros(d_sae, dtype=torch.int32, device="cuda"))
+    large.weight[-3:], large.shadow[-3:] = small.weight, small.shadow
+    empty = torch.zeros(d_sae - 3, dtype=torch.int32, device="cuda")
+    columns = Columns(source.columns.slot, torch.cat([empty, source.columns.offsets]))
+    small.update(update, source)
+    large.update(update_triton, source._replace(columns=columns))
+    assert (large.weight[:-3] == 1).all()
+    large.weight, large.shadow, large.state = (
+        large.weight[-3:],
+        large.shadow[-3:],
+        RowAdam(large.state.second[-3:], None, large.state.last[-3:]),
+    )
+    assert_same(large, small)
 
 
 # ---- what is refused ----

@@ -45,15 +45,6 @@ class RowAdam(NamedTuple):
     first: Float[Tensor, "d_sae d"] | None
     last: Int[Tensor, " d_sae"]
 
-    @classmethod
-    def before_training(cls, weight: Float[Tensor, "d_sae d"], betas: tuple[float, float]) -> "RowAdam":
-        """Give the state before the first update: moments of zero."""
-        return cls(
-            second=torch.zeros_like(weight, requires_grad=False),
-            first=torch.zeros_like(weight, requires_grad=False) if betas[0] else None,
-            last=torch.zeros(len(weight), dtype=torch.int32, device=weight.device),
-        )
-
 
 class FromEntries(NamedTuple):
     """A gradient as weighted sums: that of latent i is the sum of `coefficient * row` over i's entries.

@@ -3,16 +3,17 @@
 """The update of latent-major weights as one kernel: `scope_lens.training.kernels.update` has the steps and the names.
 
 A program takes one latent: its whole row of w, v (and m) stays in registers from the first read to the last write, so
-an update moves 18 bytes a parameter of a touched row (w and v read and written in float32, the bf16 shadow written),
-and 16 more bytes with a first moment, or 4 with a dense gradient. A row of d numbers is held as two tiles whose sizes
-are powers of two (2304 = 2048 + 256), because one tile of 4096 would leave 44 % of the lanes idle. The rows that are
-summed are asked to stay in the L2 cache, and everything that is read once is asked to leave it.
+an update moves 18 bytes a parameter of a touched row: w and v read and written in float32, the bf16 shadow written. A
+dense gradient is 4 more, a first moment 8. A row of d numbers is held as two tiles whose sizes are powers of two
+(2304 = 2048 + 256), because one tile of 4096 would leave 44 % of the lanes idle. What is read once is marked to leave
+the L2 cache first, so that the rows that many latents sum stay there.
 
 **Load balance.** Most latents have a handful of entries, some have one in every row of the batch, and a program that
 sums thousands of rows alone would outlast all others. The order of the latents is cut into chunks of `CHUNK` entries.
-A first launch sums each chunk that lies within one latent's stretch, a program a chunk; the latent's own program then
-adds these sums, and the entries before and behind them, fewer than two chunks. The cut depends on the entries alone
-and every sum has a fixed order, so the results are the same bits on every run.
+A first launch sums each chunk that lies within one latent's stretch, some columns a program; the latent's own program
+then adds these sums, and the entries before and behind them, fewer than two chunks. The cut depends on the entries
+alone and every sum has a fixed order, so the results are the same bits on every run. The chunks' sums take
+`4 d / CHUNK` bytes for each slot of the batch: 38 MB with 4096 rows of 256 slots and d 2304.
 """
 
 from typing import no_type_check
@@ -26,13 +27,15 @@ from torch import Tensor
 from scope_lens.training.kernels.update import FromEntries, RowAdam, checked_rows, log2_decay
 
 CHUNK = 256  # entries; no program sums two chunks or more of single entries, and a chunk's sum costs next to nothing
-_AT_ONCE = tl.constexpr(4)  # entries whose rows are on their way to a program at the same time
+_CHUNK_ROWS, _CHUNK_COLUMNS = 16, 256  # of the tile in which a program sums a chunk
+_ROWS = 4  # entries of a latent whose rows are on their way to its program at the same time
 
 
 def tiles(d: int) -> tuple[int, int, int]:
-    """Give the sizes of the two tiles that hold a row, and a program's warps: some 18 numbers of a row to a thread."""
+    """Give the sizes of the two tiles that hold a row, and a program's warps: 16 to 32 numbers of a row to a thread."""
     head = max(triton.next_power_of_2(d) // 2, 1)
-    return head, triton.next_power_of_2(max(d - head, 1)), min(max(head // 512, 1), 8)
+    rest = triton.next_power_of_2(max(d - head, 1))
+    return head, rest, min(max(triton.next_power_of_2((head + rest) // 512 + 1) // 2, 1), 8)
 
 
 @torch.no_grad()
@@ -63,7 +66,7 @@ def update_rows(
         halted,
         step,
         lr / (1 - betas[0] ** step),
-        (1 - betas[1] ** step) ** 0.5,
+        (1 - betas[1] ** step) ** -0.5,
         1 - betas[0],
         1 - betas[1],
         log2_decay(betas[1]),
@@ -91,13 +94,16 @@ def _summands(source: FromEntries) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
     partial = source.rows.new_empty(max(chunks, 1), d, dtype=torch.float32)
     summands = (slot, offsets, source.coefficient, source.rows, partial)
     if chunks:
-        _sum_chunks[(chunks,)](*summands, d_sae, d_sae.bit_length(), CAPACITY=capacity, **_sizes(d))
+        _sum_chunks[(chunks, triton.cdiv(d, _CHUNK_COLUMNS))](
+            *summands, d_sae, d_sae.bit_length(),
+            CAPACITY=capacity, D=d, PER_CHUNK=CHUNK, AT_ONCE=_CHUNK_ROWS, WIDTH=_CHUNK_COLUMNS,
+        )  # fmt: skip
     return summands
 
 
 def _sizes(d: int) -> dict[str, int]:
     head, rest, warps = tiles(d)
-    return {"D": d, "HEAD": head, "REST": rest, "PER_CHUNK": CHUNK, "num_warps": warps}
+    return {"D": d, "HEAD": head, "REST": rest, "PER_CHUNK": CHUNK, "AT_ONCE": _ROWS, "num_warps": warps}
 
 
 @no_type_check
@@ -107,7 +113,7 @@ def _update(
     slot, offsets, coefficient, rows, partial,
     halted, step, size, correction, new_first, new_second, log2_decay, eps,
     UNIT_ROWS: tl.constexpr, CAPACITY: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, REST: tl.constexpr,
-    PER_CHUNK: tl.constexpr,
+    PER_CHUNK: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Update one latent's row; without `slot` the gradient is dense and stands in `rows`."""
     latent = tl.program_id(0)
@@ -129,7 +135,7 @@ def _update(
     v_rest = tl.load(second + at + rest, mask=inside, other=0.0, eviction_policy="evict_first")
     decay = tl.exp2((step - tl.load(last + latent)).to(tl.float32) * log2_decay)
     if slot is not None:
-        g_head, g_rest = _sum(slot, coefficient, rows, partial, begin, end, head, rest, CAPACITY, D, PER_CHUNK)
+        g_head, g_rest = _sum(slot, coefficient, rows, partial, begin, end, head, rest, CAPACITY, D, PER_CHUNK, AT_ONCE)
     else:
         g_head = tl.load(rows + at + head, eviction_policy="evict_first")
         g_rest = tl.load(rows + at + rest, mask=inside, other=0.0, eviction_policy="evict_first")
@@ -144,13 +150,13 @@ def _update(
     if first is not None:
         g_head = _moved(first + at + head, g_head, new_first, None)
         g_rest = _moved(first + at + rest, g_rest, new_first, inside)
-    w_head -= size * g_head / (tl.sqrt(v_head) / correction + eps)
-    w_rest -= size * g_rest / (tl.sqrt(v_rest) / correction + eps)
+    w_head -= size * g_head / (tl.sqrt(v_head) * correction + eps)
+    w_rest -= size * g_rest / (tl.sqrt(v_rest) * correction + eps)
     if UNIT_ROWS:
         w_rest = tl.where(inside, w_rest, 0.0)
-        norm = tl.sqrt(tl.sum(w_head * w_head) + tl.sum(w_rest * w_rest))
-        w_head /= norm
-        w_rest /= norm
+        shrink = 1 / tl.sqrt(tl.sum(w_head * w_head) + tl.sum(w_rest * w_rest))
+        w_head *= shrink
+        w_rest *= shrink
     tl.store(weight + at + head, w_head, eviction_policy="evict_first")
     tl.store(weight + at + rest, w_rest, mask=inside, eviction_policy="evict_first")
     if shadow is not None:
@@ -174,6 +180,7 @@ def _moved(first, g, new_first, inside):
 def _weight_gradients(
     gradient, slot, offsets, coefficient, rows, partial,
     CAPACITY: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, REST: tl.constexpr, PER_CHUNK: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Write one latent's gradient."""
     latent = tl.program_id(0)
@@ -181,7 +188,7 @@ def _weight_gradients(
     end = tl.load(offsets + latent + 1)
     head = tl.arange(0, HEAD)
     rest = HEAD + tl.arange(0, REST)
-    g_head, g_rest = _sum(slot, coefficient, rows, partial, begin, end, head, rest, CAPACITY, D, PER_CHUNK)
+    g_head, g_rest = _sum(slot, coefficient, rows, partial, begin, end, head, rest, CAPACITY, D, PER_CHUNK, AT_ONCE)
     at = latent.to(tl.int64) * D
     tl.store(gradient + at + head, g_head)
     tl.store(gradient + at + rest, g_rest, mask=rest < D)
@@ -191,9 +198,9 @@ def _weight_gradients(
 @triton.jit
 def _sum_chunks(
     slot, offsets, coefficient, rows, partial, d_sae, levels,
-    CAPACITY: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, REST: tl.constexpr, PER_CHUNK: tl.constexpr,
+    CAPACITY: tl.constexpr, D: tl.constexpr, PER_CHUNK: tl.constexpr, AT_ONCE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Sum one chunk, if all of it is one latent's."""
+    """Sum some columns of one chunk, if all of it is one latent's."""
     chunk = tl.program_id(0)
     begin = chunk * PER_CHUNK
     end = begin + PER_CHUNK
@@ -208,54 +215,45 @@ def _sum_chunks(
         high = tl.where(before, high, middle - 1)
     if tl.load(offsets + low + 1) < end:
         return
-    head = tl.arange(0, HEAD)
-    rest = HEAD + tl.arange(0, REST)
-    g_head, g_rest = _sum_entries(slot, coefficient, rows, begin, PER_CHUNK, end, 0, head, rest, CAPACITY, D)
-    at = chunk.to(tl.int64) * D
-    tl.store(partial + at + head, g_head)
-    tl.store(partial + at + rest, g_rest, mask=rest < D)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    total = tl.zeros((AT_ONCE, WIDTH), tl.float32)
+    for start in range(begin, end, AT_ONCE):
+        where = tl.load(slot + start + tl.arange(0, AT_ONCE))
+        factor = tl.load(coefficient + where)
+        row = rows + (where // CAPACITY).to(tl.int64) * D
+        values = tl.load(row[:, None] + column[None, :], mask=column[None, :] < D, other=0.0)
+        total += factor[:, None] * values.to(tl.float32)
+    tl.store(partial + chunk.to(tl.int64) * D + column, tl.sum(total, axis=0), mask=column < D)
 
 
 @no_type_check
 @triton.jit
 def _sum(
     slot, coefficient, rows, partial, begin, end, head, rest,
-    CAPACITY: tl.constexpr, D: tl.constexpr, PER_CHUNK: tl.constexpr,
+    CAPACITY: tl.constexpr, D: tl.constexpr, PER_CHUNK: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Sum a latent's entries [begin, end): those before and behind its whole chunks, then the chunks' sums."""
     first = (begin + PER_CHUNK - 1) // PER_CHUNK
     beyond = tl.maximum(end // PER_CHUNK, first)
-    skipped = (beyond - first) * PER_CHUNK
-    g_head, g_rest = _sum_entries(
-        slot, coefficient, rows, begin, end - begin - skipped, first * PER_CHUNK, skipped, head, rest, CAPACITY, D
-    )
+    summed = (beyond - first) * PER_CHUNK
+    count = end - begin - summed
+    g_head = tl.zeros(head.shape, tl.float32)
+    g_rest = tl.zeros(rest.shape, tl.float32)
+    for start in range(0, count, AT_ONCE):
+        # Written out: the rows' reads are on their way together before the first is added.
+        for ahead in tl.static_range(AT_ONCE):
+            live = start + ahead < count
+            entry = begin + start + ahead
+            entry = tl.where(entry >= first * PER_CHUNK, entry + summed, entry)
+            where = tl.load(slot + entry, mask=live, other=0)
+            factor = tl.load(coefficient + where, mask=live, other=0.0)
+            row = rows + (where // CAPACITY).to(tl.int64) * D
+            width = tl.where(live, D, 0)
+            g_head += factor * tl.load(row + head, mask=head < width, other=0.0).to(tl.float32)
+            g_rest += factor * tl.load(row + rest, mask=rest < width, other=0.0).to(tl.float32)
     partial += first.to(tl.int64) * D
     for _ in range(first, beyond):
         g_head += tl.load(partial + head)
         g_rest += tl.load(partial + rest, mask=rest < D, other=0.0)
         partial += D
-    return g_head, g_rest
-
-
-@no_type_check
-@triton.jit
-def _sum_entries(
-    slot, coefficient, rows, begin, count, gap, skipped, head, rest, CAPACITY: tl.constexpr, D: tl.constexpr
-):  # fmt: skip
-    """Sum `count` entries from `begin` on, leaving out the `skipped` ones that begin at `gap`."""
-    g_head = tl.zeros(head.shape, tl.float32)
-    g_rest = tl.zeros(rest.shape, tl.float32)
-    for start in range(0, count, _AT_ONCE):
-        for ahead in tl.static_range(_AT_ONCE):
-            live = start + ahead < count
-            entry = begin + start + ahead
-            entry = tl.where(entry >= gap, entry + skipped, entry)
-            where = tl.load(slot + entry, mask=live, other=0)
-            factor = tl.load(coefficient + where, mask=live, other=0.0)
-            row = rows + (where // CAPACITY).to(tl.int64) * D
-            width = tl.where(live, D, 0)
-            r_head = tl.load(row + head, mask=head < width, other=0.0, eviction_policy="evict_last")
-            r_rest = tl.load(row + rest, mask=rest < width, other=0.0, eviction_policy="evict_last")
-            g_head += factor * r_head.to(tl.float32)
-            g_rest += factor * r_rest.to(tl.float32)
     return g_head, g_rest
