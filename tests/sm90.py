@@ -57,42 +57,46 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 @contextmanager
-def compiled_launches() -> Iterator[list[Launch]]:
-    """Compile every kernel that is launched inside for sm_90, instead of launching it."""
-    import triton
+def hopper() -> Iterator[None]:
+    """Let code that asks for the GPU be told of an H200: nothing is launched on it."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
 
-    assert not triton.knobs.runtime.interpret, "start the process without TRITON_INTERPRET"
-    target = GPUTarget("cuda", 90, 32)
-    launches: list[Launch] = []
-    run = JITFunction.run
-
-    def compile_only(self, *args, grid, warmup, **kwargs):
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        if callable(grid):
-            names = dict(zip(self.arg_names, args, strict=False)) | kwargs
-            grid = grid(names)
-        launches.append(_measured(kernel, tuple(int(size) for size in grid)))
-        return kernel
-
-    # No driver of a GPU is asked for anything: the target is told, and nothing is launched.
     stand_in = mock.Mock()
-    stand_in.get_current_target.return_value = target
+    stand_in.get_current_target.return_value = GPUTarget("cuda", 90, 32)
     stand_in.get_current_device.return_value = 0
     stand_in.get_current_stream.return_value = 0
     before = driver._active
     driver.set_active(stand_in)
     try:
         with (
-            mock.patch.object(JITFunction, "run", compile_only),
             mock.patch.object(torch.cuda, "get_device_properties", return_value=_H200),
             mock.patch.object(torch.cuda, "device", return_value=nullcontext()),
         ):
-            yield launches
+            yield
     finally:
         driver._active = before
+
+
+@contextmanager
+def compiled_launches() -> Iterator[list[Launch]]:
+    """Compile every kernel that is launched inside for sm_90, instead of launching it."""
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    assert not triton.knobs.runtime.interpret, "start the process without TRITON_INTERPRET"
+    launches: list[Launch] = []
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if callable(grid):
+            grid = grid(dict(zip(self.arg_names, args, strict=False)) | kwargs)
+        launches.append(_measured(kernel, tuple(int(size) for size in grid)))
+        return kernel
+
+    with hopper(), mock.patch.object(JITFunction, "run", compile_only):
+        yield launches
 
 
 def _measured(kernel, grid: tuple[int, ...]) -> Launch:
