@@ -2,19 +2,19 @@
 # A kernel's parameters are pointers and numbers of Triton's language, which has no Python types.
 """The kernels of `decode.py` in Triton: gathers of weight rows, bound by memory.
 
-A row of a batch of 4,096 with 80 entries reads 80 rows of `W_dec`, 4.6 KB each in bfloat16 at d 2304: 1.5 GB a batch.
-The work is therefore cut so that each weight row crosses the memory once and many loads are under way at a time:
+A row of a batch of 4,096 with 80 entries needs 80 rows of `W_dec`, 4.6 KB each in bfloat16 at d 2304: 1.5 GB a batch.
+The work is cut so that little of this comes from the device's memory, and so that many loads are under way at a time:
 
-1. A program takes one row of the batch and 256 of its columns (9 programs a row at d 2304, no idle lane). A warp loads
-   one entry's 256 columns at once, 16 bytes a lane; 8 of these are in flight in each of 4 warps, and the next
-   entries' latents are read while the present weights arrive.
-2. `d_act` is a sum over columns, and a program's part of it needs only its own columns of `d_recons`. So a program
-   goes over its entries twice: first for the reconstruction, then, backwards, for its part of `d_act`. What it has
-   read, 41 KB for 80 entries, is still in a cache the second time: the five programs that a multiprocessor runs at once
-   hold 205 KB, 27 MB on an H200, against 256 KB of first-level (with shared memory) and 50 MB of second-level cache.
-3. A small kernel adds up the parts, in the order of the columns. No atomics: the same bits on every run.
-
-Programs of one row of the batch are neighbours, so they run at about the same time and a weight row's pages are open.
+1. A program takes one row of the batch and 256 of its columns (9 programs a row at d 2304, no idle lane). All rows'
+   first columns come first, then all rows' next ones: 256 columns of 65,536 latents are 34 MB and stay in the
+   second-level cache (50 MB on an H200), so a latent that five rows share is read from memory once, not five times.
+2. A warp loads one entry's 256 columns at once, 16 bytes a lane; 8 of these are in flight in each of 4 warps, and the
+   next entries' latents are read while the present weights arrive.
+3. `d_act` is a sum over columns, and a program's part of it needs only its own columns of `d_recons`. So a program
+   goes over its entries twice: first for the reconstruction, then, backwards, for its part of `d_act`. The five
+   programs that a multiprocessor runs at once read 41 KB each for 80 entries, which its first-level cache (256 KB with
+   the shared memory) can hold until the second time.
+4. A small kernel adds up the parts, in the order of the columns. No atomics: the same bits on every run.
 """
 
 from typing import no_type_check
@@ -32,7 +32,6 @@ _COLUMNS = 256  # of a program: 512 bytes of a bfloat16 row, which a warp loads 
 _WARPS = tl.constexpr(4)
 _IN_FLIGHT = 64  # bytes that a column has in flight in a program: 32 entries in bfloat16, 8 in each warp
 _REGISTERS = 96  # of a thread. Without a limit the assembler aims lower still, and waits for each two loads in turn
-_SPLITS = 4  # programs that share a row's entries in `latent_gradients`
 _SLOTS = 128  # slots of a program that adds up parts
 
 
@@ -43,7 +42,7 @@ def decode(
     assert _rows_follow(entries.latent, entries.act, W_dec)
     (batch, capacity), d_out = entries.latent.shape, W_dec.shape[1]
     recons = torch.empty(batch, d_out, dtype=torch.float32, device=W_dec.device)
-    _decode[(batch * triton.cdiv(d_out, _COLUMNS),)](
+    _decode[(batch, _parts(W_dec))](
         entries.latent, entries.act, entries.count, W_dec, b_dec, recons, capacity, **_sizes(W_dec)
     )
     return recons
@@ -61,22 +60,14 @@ def residual(
     """Reconstruct, compare with the target, and give the gradient at each entry: see `decode.residual`."""
     assert _rows_follow(entries.latent, entries.act, W_dec, y, skip)
     (batch, capacity), d_out = entries.latent.shape, W_dec.shape[1]
-    parts = triton.cdiv(d_out, _COLUMNS)
-    made = Residual(
-        d_recons=torch.empty(batch, d_out, dtype=W_dec.dtype, device=W_dec.device),
-        d_act=torch.empty(batch, capacity, dtype=torch.float32, device=W_dec.device),
-        squared_error=torch.empty(batch, dtype=torch.float32, device=W_dec.device),
-    )
-    d_act_parts = made.d_act.new_empty(batch, parts, capacity)
-    error_parts = made.d_act.new_empty(batch, parts)
-    _residual[(batch * parts,)](
+    d_recons = torch.empty(batch, d_out, dtype=W_dec.dtype, device=W_dec.device)
+    d_act_parts = torch.empty(batch, _parts(W_dec), capacity, dtype=torch.float32, device=W_dec.device)
+    error_parts = d_act_parts.new_empty(batch, _parts(W_dec))
+    _residual[(batch, _parts(W_dec))](
         entries.latent, entries.act, entries.count, W_dec, b_dec, y, skip,
-        made.d_recons, d_act_parts, error_parts, 2 / rows, capacity, **_sizes(W_dec),
+        d_recons, d_act_parts, error_parts, 2 / rows, capacity, **_sizes(W_dec),
     )  # fmt: skip
-    _add_parts[(batch, triton.cdiv(capacity, _SLOTS))](
-        entries.count, d_act_parts, error_parts, made.d_act, made.squared_error, capacity, **_part_sizes(parts)
-    )
-    return made
+    return Residual(d_recons, _sum_of_parts(entries, d_act_parts), error_parts.sum(1))
 
 
 def latent_gradients(
@@ -85,11 +76,23 @@ def latent_gradients(
     """Give `d_act = d_recons . W_dec[latent]` at each entry, in float32: see `decode.latent_gradients`."""
     assert _rows_follow(entries.latent, W_dec, d_recons)
     batch, capacity = entries.latent.shape
-    d_act = torch.zeros(batch, capacity, dtype=torch.float32, device=W_dec.device)
-    sizes = _sizes(W_dec)
-    _latent_gradients[(batch, min(_SPLITS, triton.cdiv(capacity, sizes["ENTRIES"])))](
-        entries.latent, entries.count, W_dec, d_recons, d_act, capacity, **sizes
+    d_act_parts = torch.empty(batch, _parts(W_dec), capacity, dtype=torch.float32, device=W_dec.device)
+    _latent_gradients[(batch, _parts(W_dec))](
+        entries.latent, entries.count, W_dec, d_recons, d_act_parts, capacity, **_sizes(W_dec)
     )
+    return _sum_of_parts(entries, d_act_parts)
+
+
+def _parts(W_dec: Tensor) -> int:
+    """Programs that share a row."""
+    return triton.cdiv(W_dec.shape[1], _COLUMNS)
+
+
+def _sum_of_parts(entries: Entries, d_act_parts: Tensor) -> Tensor:
+    batch, parts, capacity = d_act_parts.shape
+    d_act = d_act_parts.new_empty(batch, capacity)
+    sizes = {"PARTS": parts, "PADDED": triton.next_power_of_2(parts), "SLOTS": _SLOTS}
+    _add_parts[(batch, triton.cdiv(capacity, _SLOTS))](entries.count, d_act_parts, d_act, capacity, **sizes)
     return d_act
 
 
@@ -98,10 +101,6 @@ def _sizes(W_dec: Tensor) -> dict[str, int]:
     entries = _IN_FLIGHT // W_dec.itemsize
     sizes = {"D": W_dec.shape[1], "COLUMNS": _COLUMNS, "ENTRIES": entries}
     return sizes | {"num_warps": _WARPS.value, "maxnreg": _REGISTERS}
-
-
-def _part_sizes(parts: int) -> dict[str, int]:
-    return {"PARTS": parts, "PADDED": triton.next_power_of_2(parts), "SLOTS": _SLOTS}
 
 
 def _rows_follow(*tensors: Tensor | None) -> bool:
@@ -135,18 +134,31 @@ def _weighted_sum(latent, act, n, capacity, W, cols, in_row, D: tl.constexpr, EN
 
 @no_type_check
 @triton.jit
+def _store_gradients(latent, n, W, cols, in_row, d, d_act_part, D: tl.constexpr, ENTRIES: tl.constexpr):
+    """`d . W[latent, cols]` for each of n entries."""
+    # Backwards: what was read last is the most likely to be in the cache still.
+    for back in range(0, n, ENTRIES):
+        slot = (n - 1) // ENTRIES * ENTRIES - back + tl.arange(0, ENTRIES)
+        there = slot < n
+        which = tl.load(latent + slot, mask=there, other=0).to(tl.int64)
+        picked = tl.load(W + which[:, None] * D + cols[None, :], mask=there[:, None] & in_row[None, :], other=0.0)
+        tl.store(d_act_part + slot, tl.sum(picked.to(tl.float32) * d[None, :], axis=1), mask=there)
+
+
+@no_type_check
+@triton.jit
 def _decode(
     latent, act, count, W, bias, recons, capacity,
     D: tl.constexpr, COLUMNS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(0) // tl.cdiv(D, COLUMNS)).to(tl.int64)
-    cols = tl.program_id(0) % tl.cdiv(D, COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     in_row = cols < D
     n = tl.minimum(tl.load(count + row), capacity)
     slots = row * capacity
     total = _weighted_sum(latent + slots, act + slots, n, capacity, W, cols, in_row, D, ENTRIES)
     if bias is not None:
-        total += tl.load(bias + cols, mask=in_row, other=0.0).to(tl.float32)
+        total += tl.load(bias + cols, mask=in_row, other=0.0)
     tl.store(recons + row * D + cols, total, mask=in_row)
 
 
@@ -156,8 +168,8 @@ def _residual(
     latent, act, count, W, bias, y, skip, d_recons, d_act_parts, error_parts, scale, capacity,
     D: tl.constexpr, COLUMNS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(0) // tl.cdiv(D, COLUMNS)).to(tl.int64)
-    cols = tl.program_id(0) % tl.cdiv(D, COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     in_row = cols < D
     n = tl.minimum(tl.load(count + row), capacity)
     # What the sum is compared with is asked for first and arrives meanwhile.
@@ -165,35 +177,35 @@ def _residual(
     slots = row * capacity
     total = _weighted_sum(latent + slots, act + slots, n, capacity, W, cols, in_row, D, ENTRIES)
     if bias is not None:
-        total += tl.load(bias + cols, mask=in_row, other=0.0).to(tl.float32)
+        total += tl.load(bias + cols, mask=in_row, other=0.0)
     if skip is not None:
         total += tl.load(skip + row * D + cols, mask=in_row, other=0.0)
     gap = total - target
     d = gap * scale
     tl.store(d_recons + row * D + cols, d.to(d_recons.dtype.element_ty), mask=in_row)
-    part = tl.program_id(0).to(tl.int64)
+    part = row * tl.num_programs(1) + tl.program_id(1)
     tl.store(error_parts + part, tl.sum(gap * gap, axis=0))
-
-    # Backwards: what was read last is the most likely to be in the cache still.
-    for back in range(0, n, ENTRIES):
-        slot = (n - 1) // ENTRIES * ENTRIES - back + tl.arange(0, ENTRIES)
-        there = slot < n
-        which = tl.load(latent + slots + slot, mask=there, other=0).to(tl.int64)
-        picked = tl.load(
-            W + which[:, None] * D + cols[None, :],
-            mask=there[:, None] & in_row[None, :],
-            other=0.0,
-            eviction_policy="evict_first",
-        )
-        tl.store(d_act_parts + part * capacity + slot, tl.sum(picked.to(tl.float32) * d[None, :], axis=1), mask=there)
+    _store_gradients(latent + slots, n, W, cols, in_row, d, d_act_parts + part * capacity, D, ENTRIES)
 
 
 @no_type_check
 @triton.jit
-def _add_parts(
-    count, d_act_parts, error_parts, d_act, squared_error, capacity,
-    PARTS: tl.constexpr, PADDED: tl.constexpr, SLOTS: tl.constexpr,
+def _latent_gradients(
+    latent, count, W, d_recons, d_act_parts, capacity,
+    D: tl.constexpr, COLUMNS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    in_row = cols < D
+    n = tl.minimum(tl.load(count + row), capacity)
+    d = tl.load(d_recons + row * D + cols, mask=in_row, other=0.0).to(tl.float32)
+    part = row * tl.num_programs(1) + tl.program_id(1)
+    _store_gradients(latent + row * capacity, n, W, cols, in_row, d, d_act_parts + part * capacity, D, ENTRIES)
+
+
+@no_type_check
+@triton.jit
+def _add_parts(count, d_act_parts, d_act, capacity, PARTS: tl.constexpr, PADDED: tl.constexpr, SLOTS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     slot = tl.program_id(1) * SLOTS + tl.arange(0, SLOTS)
     part = tl.arange(0, PADDED)
@@ -204,28 +216,3 @@ def _add_parts(
         other=0.0,
     )
     tl.store(d_act + row * capacity + slot, tl.sum(parts, axis=0), mask=slot < capacity)
-    if tl.program_id(1) == 0:
-        errors = tl.load(error_parts + row * PARTS + part, mask=part < PARTS, other=0.0)
-        tl.store(squared_error + row, tl.sum(errors, axis=0))
-
-
-@no_type_check
-@triton.jit
-def _latent_gradients(
-    latent, count, W, d_recons, d_act, capacity,
-    D: tl.constexpr, COLUMNS: tl.constexpr, ENTRIES: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    n = tl.minimum(tl.load(count + row), capacity)
-    for first in range(tl.program_id(1) * ENTRIES, n, tl.num_programs(1) * ENTRIES):
-        slot = first + tl.arange(0, ENTRIES)
-        there = slot < n
-        which = tl.load(latent + row * capacity + slot, mask=there, other=0).to(tl.int64)
-        total = tl.zeros((ENTRIES,), tl.float32)
-        for column in range(0, D, COLUMNS):
-            cols = column + tl.arange(0, COLUMNS)
-            in_row = cols < D
-            picked = tl.load(W + which[:, None] * D + cols[None, :], mask=there[:, None] & in_row[None, :], other=0.0)
-            d = tl.load(d_recons + row * D + cols, mask=in_row, other=0.0).to(tl.float32)
-            total += tl.sum(picked.to(tl.float32) * d[None, :], axis=1)
-        tl.store(d_act + row * capacity + slot, total, mask=there)
