@@ -46,7 +46,14 @@ class FusedState:
         self._cfg = cfg
         sae.W_enc.data = sae.W_enc.data.T.contiguous().T
         self.weights = {"W_enc": sae.W_enc.data.T, "W_dec": sae.W_dec.data}
-        self.adam = {name: RowAdam.before_training(weight, cfg.betas) for name, weight in self.weights.items()}
+        self.adam = {
+            name: RowAdam(
+                second=torch.zeros_like(weight),
+                first=torch.zeros_like(weight) if cfg.betas[0] else None,
+                last=torch.zeros(len(weight), dtype=torch.int32, device=weight.device),
+            )
+            for name, weight in self.weights.items()
+        }
         self.operands = operands
         self.shadows: dict[str, Tensor | None] = dict.fromkeys(WEIGHTS)
         self._copy_shadows()
