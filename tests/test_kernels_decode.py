@@ -74,9 +74,9 @@ def test_decode(kernels, operands, shape, device):
 @KERNELS
 @OPERANDS
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("with_skip", [False, True])
-def test_residual(kernels, operands, shape, with_skip, device):
+def test_residual(kernels, operands, shape, device):
     case = Case(*shape, operands, device)
+    with_skip = operands is torch.float32
     rows = 3 * shape[0]  # the batch is a third of the whole one
     found = kernels.residual(
         case.entries, case.W_dec, case.b_dec, case.y, rows=rows, skip=case.skip if with_skip else None
@@ -180,12 +180,12 @@ def test_the_same_bits_on_every_run(kernels, device, one_thread):
 
 
 def test_blocks_of_the_twin(monkeypatch, device):
-    """The twin in blocks of rows is the twin at once, and the last block may be short."""
+    """The twin in blocks of entries is the twin at once, and the last block may be short."""
     case = Case(7, 50, 20, 16, torch.float32, device)
-    whole = decode.residual(case.entries, case.W_dec, case.b_dec, case.y, rows=7)
-    monkeypatch.setattr(decode, "_GATHERED", 3 * 16 * 20)
-    for a, b in zip(whole, decode.residual(case.entries, case.W_dec, case.b_dec, case.y, rows=7), strict=True):
-        torch.testing.assert_close(a, b)
+    whole = decode.latent_gradients(case.entries, case.W_dec, case.y)
+    monkeypatch.setattr(decode, "_GATHERED", 3 * 20)
+    assert case.stored.sum() % 3
+    assert torch.equal(whole, decode.latent_gradients(case.entries, case.W_dec, case.y))
 
 
 @pytest.mark.gpu
