@@ -36,8 +36,8 @@ from scope_lens.training.kernels.update import FromEntries
 from scope_lens.training.objectives import JumpReLUObjective, Objective
 from scope_lens.training.ranks import Ranks
 
-_BLOCK_BYTES = 2**28  # of one block's latents, for all rows
-_KEPT_BYTES = 2**30  # of all latents' activations; beyond, the backward pass computes them again
+BLOCK_BYTES = 2**28  # of one block's latents, for all rows
+KEPT_BYTES = 2**30  # of all latents' activations; beyond, the backward pass computes them again
 _FLOOR = 0.8  # times the smallest latent kept: from there on the next batch's candidates are taken
 
 
@@ -159,7 +159,7 @@ class _Update:
         recons = torch.zeros_like(self.y)
         l0 = torch.zeros(len(self.x), dtype=torch.int32, device=self.x.device)
         width = self.sae.cfg.d_sae
-        kept = len(self.x) * width * self._entry_bytes() <= _KEPT_BYTES
+        kept = len(self.x) * width * self._entry_bytes() <= KEPT_BYTES
         encoded: list[DenseActs] = []
         for block in self._blocks():
             acts = self._encode_dense(block)
@@ -202,7 +202,7 @@ class _Update:
 
     def _block(self, entry_bytes: int) -> int:
         """Latents of a block, of which an entry for a row takes so many bytes."""
-        return max(1, _BLOCK_BYTES // (entry_bytes * len(self.x)) // 128) * 128
+        return max(1, BLOCK_BYTES // (entry_bytes * len(self.x)) // 128) * 128
 
     # ---- both ----
 
