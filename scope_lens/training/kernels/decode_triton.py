@@ -6,8 +6,8 @@ A row of a batch of 4,096 with 80 entries needs 80 rows of `W_dec`, 4.6 KB each 
 The work is cut so that little of this comes from the device's memory, and so that many loads are under way at a time:
 
 1. A program takes one row of the batch and 256 of its columns (9 programs a row at d 2304, no idle lane). All rows'
-   first columns come first, then all rows' next ones: 256 columns of 65,536 latents are 34 MB and stay in the
-   second-level cache (50 MB on an H200), so a latent that five rows share is read from memory once, not five times.
+   first columns come first, then all rows' next ones: 256 columns of 65,536 latents are 34 MB and fit the second-level
+   cache (50 MB on an H200), so that a latent which five rows share need not be read from memory five times.
 2. A warp loads one entry's 256 columns at once, 16 bytes a lane; 8 of these are in flight in each of 4 warps, and the
    next entries' latents are read while the present weights arrive.
 3. `d_act` is a sum over columns, and a program's part of it needs only its own columns of `d_recons`. So a program
