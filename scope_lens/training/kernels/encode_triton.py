@@ -11,14 +11,14 @@ At 65,536 latents this product is four fifths of what a training step has to do,
 3. The epilogue decides on the accumulators, reserves slots in each row by an atomic add on its count, and stores an
    entry as one word, the latent above the bits of `pre`. No tensor of (batch, d_sae) exists. On Hopper it is the text
    of `encode_ptx`, elsewhere plain Triton in smaller tiles.
-4. A second kernel sorts each row's words. That makes the latents ascend, and the result the same on every run, in
-   whatever order the tiles reserved their slots.
+4. A second kernel brings each row's words into the order of the latents, by counting for each how many are smaller:
+   the same bits on every run, in whatever order the tiles reserved their slots.
 
 A count goes on beyond the capacity while nothing is stored there, so a batch with half of its latents active costs a
 few million more atomic adds and is otherwise as fast as any.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, no_type_check
 
 import torch
 import triton
@@ -60,8 +60,7 @@ _HOPPER = Launch(rows=128, latents=256, depth=64, group=16, warps=8, stages=4, p
 _OTHER = Launch(rows=64, latents=128, depth=64, group=16, warps=4, stages=3, programs=2, hopper=False)
 _FLOAT32 = Launch(rows=64, latents=64, depth=32, group=16, warps=4, stages=3, programs=3, hopper=False)
 
-_SORTED_AT_ONCE = 4096  # longest row that one program sorts; torch sorts longer ones
-_CHUNK = 1024  # slots of a program where rows are sorted already
+_SLOTS, _OTHERS = 128, 32  # slots that a program of the second kernel places, and those it compares them with at once
 
 _STRIP = tl.constexpr(ptx.STRIP)
 _PACK = tl.constexpr(ptx.PACK)
@@ -102,7 +101,9 @@ def encode(
         d_in, launch.rows, launch.latents, launch.depth, launch.group, launch.hopper, d_sae % launch.latents != 0,
         _INTERPRETED, num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
-    _order_rows(found, threshold, entries)
+    _order[(batch, triton.cdiv(capacity, _SLOTS))](
+        found, threshold, entries.latent, entries.pre, entries.act, entries.count, capacity, d_sae, _SLOTS, _OTHERS,
+    )  # fmt: skip
     return entries
 
 
@@ -133,20 +134,6 @@ def launch_for(operands: torch.dtype) -> Launch:
     return _HOPPER if on_hopper else _OTHER
 
 
-def _order_rows(found: Tensor, threshold: Tensor, entries: Entries) -> None:
-    """Write the entries of each row, latents ascending, from its words in any order."""
-    (batch, capacity), d_sae = found.shape, len(threshold)
-    at_once = capacity <= _SORTED_AT_ONCE
-    if not at_once:
-        empty = torch.arange(capacity, device=found.device) >= entries.count[:, None]
-        found = found.masked_fill_(empty, d_sae << 32).sort(dim=1).values
-    slots = triton.next_power_of_2(capacity) if at_once else _CHUNK
-    _order[(batch, triton.cdiv(capacity, slots))](
-        found, threshold, entries.latent, entries.pre, entries.act, entries.count, capacity, d_sae,
-        slots, at_once, num_warps=max(1, min(8, slots // 256)),
-    )  # fmt: skip
-
-
 def _descriptor(matrix: Tensor, block: tuple[int, int]) -> TensorDescriptor:
     """What the copy engine reads tiles by; it needs rows that begin at multiples of 16 bytes."""
     extra = -matrix.shape[1] % (16 // matrix.itemsize)
@@ -159,6 +146,116 @@ def _multiprocessors(x: Tensor) -> int:
     return 2 if x.device.type == "cpu" else torch.cuda.get_device_properties(x.device).multi_processor_count
 
 
+# Triton's interpreter wants functions defined above those that call them.
+
+
+@no_type_check
+@triton.jit
+def _halves(tile):
+    """The left and the right half of a tile; each thread keeps what it has."""
+    return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
+
+
+@no_type_check
+@triton.jit
+def _reserve(address, amount):
+    return tl.inline_asm_elementwise(_RESERVE, _RESERVE_OPERANDS, [address, amount], tl.int32, False, 1)
+
+
+@no_type_check
+@triton.jit
+def _bits_set(bits):
+    return tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [bits], tl.int32, True, 1)
+
+
+@no_type_check
+@triton.jit
+def _mark_hits(acc, low, bits, b_enc, threshold, half_window, first: tl.constexpr):
+    if acc.shape[1] > _STRIP:
+        half: tl.constexpr = acc.shape[1] // 2
+        left, right = _halves(acc)
+        low_left, low_right = _halves(low)
+        bits = _mark_hits(left, low_left, bits, b_enc, threshold, half_window, first)
+        bits = _mark_hits(right, low_right, bits, b_enc, threshold, half_window, first + half)
+    else:
+        text: tl.constexpr = _HITS[first // _STRIP]
+        bits = tl.inline_asm_elementwise(
+            text, _HITS_OPERANDS, [bits, acc, low, b_enc, threshold, half_window], tl.int32, False, _PACK
+        )
+    return bits
+
+
+@no_type_check
+@triton.jit
+def _store_hits(acc, bits, pos, active, latent, b_enc, threshold, place, room, first: tl.constexpr):
+    if acc.shape[1] > _STRIP:
+        half: tl.constexpr = acc.shape[1] // 2
+        left, right = _halves(acc)
+        pos, active = _store_hits(left, bits, pos, active, latent, b_enc, threshold, place, room, first)
+        pos, active = _store_hits(right, bits, pos, active, latent, b_enc, threshold, place, room, first + half)
+    else:
+        text: tl.constexpr = _STORE[first // _STRIP]
+        pos, active = tl.inline_asm_elementwise(
+            text, _STORE_OPERANDS, [pos, active, bits, acc, latent, b_enc, threshold, place, room],
+            (tl.int32, tl.int32), False, _PACK,
+        )  # fmt: skip
+    return pos, active
+
+
+@no_type_check
+@triton.jit
+def _append_in_place(
+    acc, first_row, first_latent, b_enc, threshold, count, l0, found, batch, d_sae, capacity, half_window
+):
+    """Do as `_append` without moving an accumulator: no spill, and about 450 instructions where all is silent.
+
+    A bound on the accumulators is worked out once for each latent, a little low, and whatever exceeds it is decided on
+    exactly. Each of a thread's elements of a strip reserves slots of its own.
+    """
+    latent = first_latent + tl.arange(0, acc.shape[1])
+    theta = tl.load(threshold + latent, mask=latent < d_sae, other=0.0)
+    bias = tl.load(b_enc + latent, mask=latent < d_sae, other=0.0)
+    # Rounding moves the sums by 3e-7 of their terms at most.
+    low = theta - half_window - bias - 1e-6 * (tl.abs(theta) + half_window + tl.abs(bias))
+    low = tl.where(latent < d_sae, low, float("inf"))[None, :]
+
+    row = first_row + tl.arange(0, acc.shape[0])[:, None]
+    latent = first_latent + tl.arange(0, _STRIP)[None, :]
+    b_enc = (b_enc + latent).to(tl.int64)
+    threshold = (threshold + latent).to(tl.int64)
+    bits = tl.zeros((acc.shape[0], _STRIP), tl.int32)
+    bits = _mark_hits(acc, low, bits, b_enc, threshold, half_window, 0)
+    hits = _bits_set(bits)
+    pos = _reserve((count + row).to(tl.int64), tl.where(row < batch, hits, 0))
+    place = (found + row.to(tl.int64) * capacity).to(tl.int64)
+    room = tl.where(row < batch, capacity, 0)
+    active = tl.zeros_like(pos)
+    pos, active = _store_hits(acc, bits, pos, active, latent, b_enc, threshold, place, room, 0)
+    _reserve((l0 + row).to(tl.int64), tl.where(row < batch, active, 0))
+
+
+@no_type_check
+@triton.jit
+def _append(acc, first_row, first_latent, b_enc, threshold, count, l0, found, batch, d_sae, capacity, half_window):
+    """Append what matters in a tile to its rows."""
+    row = first_row + tl.arange(0, acc.shape[0])
+    latent = first_latent + tl.arange(0, acc.shape[1])
+    in_batch = row < batch
+    known = latent < d_sae
+    pre = acc + tl.load(b_enc + latent, mask=known, other=0.0)[None, :]
+    theta = tl.load(threshold + latent, mask=known, other=float("inf"))[None, :]
+    # The difference is negative where pre > threshold: one comparison decides both, and lets NaN through.
+    hit = (~(theta - pre >= half_window) & in_batch[:, None]).to(tl.int32)
+    active = hit & (~(pre <= theta)).to(tl.int32)
+    hits = tl.sum(hit, 1)
+    begin = tl.atomic_add(count + row, hits, mask=in_batch & (hits > 0), sem="relaxed")
+    tl.atomic_add(l0 + row, tl.sum(active, 1), mask=in_batch & (hits > 0), sem="relaxed")
+    slot = begin[:, None] + tl.cumsum(hit, 1) - 1
+    words = (latent.to(tl.int64) << 32)[None, :] | pre.to(tl.uint32, bitcast=True).to(tl.int64)
+    tl.store(found + row.to(tl.int64)[:, None] * capacity + slot, words, mask=(hit > 0) & (slot < capacity))
+
+
+@no_type_check
 @triton.jit
 def _encode(
     x, W_enc, b_enc, threshold, count, l0, found, batch, d_sae, capacity, half_window,
@@ -194,121 +291,29 @@ def _encode(
             )
 
 
+@no_type_check
 @triton.jit
-def _append(acc, first_row, first_latent, b_enc, threshold, count, l0, found, batch, d_sae, capacity, half_window):
-    """Append what matters in a tile to its rows."""
-    row = first_row + tl.arange(0, acc.shape[0])
-    latent = first_latent + tl.arange(0, acc.shape[1])
-    in_batch = row < batch
-    known = latent < d_sae
-    pre = acc + tl.load(b_enc + latent, mask=known, other=0.0)[None, :]
-    theta = tl.load(threshold + latent, mask=known, other=float("inf"))[None, :]
-    # The difference is negative where pre > threshold: one comparison decides both, and lets NaN through.
-    hit = (~(theta - pre >= half_window) & in_batch[:, None]).to(tl.int32)
-    active = hit & (~(pre <= theta)).to(tl.int32)
-    hits = tl.sum(hit, 1)
-    begin = tl.atomic_add(count + row, hits, mask=in_batch & (hits > 0), sem="relaxed")
-    tl.atomic_add(l0 + row, tl.sum(active, 1), mask=in_batch & (hits > 0), sem="relaxed")
-    slot = begin[:, None] + tl.cumsum(hit, 1) - 1
-    words = (latent.to(tl.int64) << 32)[None, :] | pre.to(tl.uint32, bitcast=True).to(tl.int64)
-    tl.store(found + row.to(tl.int64)[:, None] * capacity + slot, words, mask=(hit > 0) & (slot < capacity))
-
-
-@triton.jit
-def _append_in_place(
-    acc, first_row, first_latent, b_enc, threshold, count, l0, found, batch, d_sae, capacity, half_window
-):
-    """Do as `_append` without moving an accumulator: 231 registers, no spill, about 450 instructions where all is silent.
-
-    A bound on the accumulators is worked out once for each latent, a little low, and whatever exceeds it is decided on
-    exactly. Each of a thread's elements of a strip reserves slots of its own.
-    """
-    latent = first_latent + tl.arange(0, acc.shape[1])
-    theta = tl.load(threshold + latent, mask=latent < d_sae, other=float("inf"))
-    bias = tl.load(b_enc + latent, mask=latent < d_sae, other=0.0)
-    # Rounding moves the sums by 3e-7 of their terms at most.
-    low = theta - half_window - bias - 1e-6 * (tl.abs(theta) + half_window + tl.abs(bias))
-    low = tl.where(latent < d_sae, low, float("inf"))[None, :]
-
-    row = first_row + tl.arange(0, acc.shape[0])[:, None]
-    latent = first_latent + tl.arange(0, _STRIP)[None, :]
-    b_enc = (b_enc + latent).to(tl.int64)
-    threshold = (threshold + latent).to(tl.int64)
-    bits = tl.zeros((acc.shape[0], _STRIP), tl.int32)
-    bits = _mark_hits(acc, low, bits, b_enc, threshold, half_window, 0)
-    hits = _bits_set(bits)
-    pos = _reserve((count + row).to(tl.int64), tl.where(row < batch, hits, 0))
-    place = (found + row.to(tl.int64) * capacity).to(tl.int64)
-    room = tl.where(row < batch, capacity, 0)
-    active = tl.zeros_like(pos)
-    pos, active = _store_hits(acc, bits, pos, active, latent, b_enc, threshold, place, room, 0)
-    _reserve((l0 + row).to(tl.int64), tl.where(row < batch, active, 0))
-
-
-@triton.jit
-def _mark_hits(acc, low, bits, b_enc, threshold, half_window, first: tl.constexpr):
-    if acc.shape[1] > _STRIP:
-        half: tl.constexpr = acc.shape[1] // 2
-        left, right = _halves(acc)
-        low_left, low_right = _halves(low)
-        bits = _mark_hits(left, low_left, bits, b_enc, threshold, half_window, first)
-        bits = _mark_hits(right, low_right, bits, b_enc, threshold, half_window, first + half)
-    else:
-        text: tl.constexpr = _HITS[first // _STRIP]
-        bits = tl.inline_asm_elementwise(
-            text, _HITS_OPERANDS, [bits, acc, low, b_enc, threshold, half_window], tl.int32, False, _PACK
-        )
-    return bits
-
-
-@triton.jit
-def _store_hits(acc, bits, pos, active, latent, b_enc, threshold, place, room, first: tl.constexpr):
-    if acc.shape[1] > _STRIP:
-        half: tl.constexpr = acc.shape[1] // 2
-        left, right = _halves(acc)
-        pos, active = _store_hits(left, bits, pos, active, latent, b_enc, threshold, place, room, first)
-        pos, active = _store_hits(right, bits, pos, active, latent, b_enc, threshold, place, room, first + half)
-    else:
-        text: tl.constexpr = _STORE[first // _STRIP]
-        pos, active = tl.inline_asm_elementwise(
-            text, _STORE_OPERANDS, [pos, active, bits, acc, latent, b_enc, threshold, place, room],
-            (tl.int32, tl.int32), False, _PACK,
-        )  # fmt: skip
-    return pos, active
-
-
-@triton.jit
-def _halves(tile):
-    """The left and the right half of a tile; each thread keeps what it has."""
-    return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
-
-
-@triton.jit
-def _reserve(address, amount):
-    return tl.inline_asm_elementwise(_RESERVE, _RESERVE_OPERANDS, [address, amount], tl.int32, False, 1)
-
-
-@triton.jit
-def _bits_set(bits):
-    return tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [bits], tl.int32, True, 1)
-
-
-@triton.jit
-def _order(found, threshold, latent, pre, act, count, capacity, d_sae, SLOTS: tl.constexpr, SORT: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    slot = tl.program_id(1) * SLOTS + tl.arange(0, SLOTS)
-    there = slot < tl.minimum(tl.load(count + row), capacity)
-    words = tl.load(found + row * capacity + slot, mask=there, other=0)
-    words = tl.where(there, words, d_sae.to(tl.int64) << 32)
-    if SORT:
-        words = tl.sort(words)
+def _order(found, threshold, latent, pre, act, count, capacity, d_sae, SLOTS: tl.constexpr, OTHERS: tl.constexpr):
+    """Put each of a row's words at the place that the number of smaller latents in the row gives it."""
+    row = tl.program_id(0).to(tl.int64) * capacity
+    first = tl.program_id(1) * SLOTS
+    slot = first + tl.arange(0, SLOTS)
+    n = tl.minimum(tl.load(count + tl.program_id(0)), capacity)
+    there = slot < n
+    words = tl.load(found + row + slot, mask=there, other=0)
     which = (words >> 32).to(tl.int32)
+    smaller = tl.zeros((SLOTS, OTHERS), tl.int32)
+    for begin in range(0, tl.where(first < n, n, 0), OTHERS):
+        other = begin + tl.arange(0, OTHERS)
+        others = (tl.load(found + row + other, mask=other < n, other=0) >> 32).to(tl.int32)
+        smaller += ((others[None, :] < which[:, None]) & (other < n)[None, :]).to(tl.int32)
+    place = row + tl.where(there, tl.sum(smaller, 1), slot)
     value = words.to(tl.uint32).to(tl.float32, bitcast=True)
     theta = tl.load(threshold + which, mask=there, other=0.0)
-    to = row * capacity + slot
-    tl.store(latent + to, which, mask=slot < capacity)
-    tl.store(pre + to, value, mask=slot < capacity)
-    tl.store(act + to, tl.where(there & ~(value <= theta), value, 0.0), mask=slot < capacity)
+    active = there & ~(value <= theta)
+    tl.store(latent + place, tl.where(there, which, d_sae), mask=slot < capacity)
+    tl.store(pre + place, tl.where(there, value, 0.0), mask=slot < capacity)
+    tl.store(act + place, tl.where(active, value, 0.0), mask=slot < capacity)
 
 
 _INTERPRETED = not isinstance(_encode, triton.runtime.jit.JITFunction)
