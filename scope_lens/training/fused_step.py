@@ -133,8 +133,10 @@ class FusedStep:
 
     def _launch(self, flight: InFlight) -> None:
         choice = self._dispatch.choose(flight.step)
-        counts = launch(self._trained, flight, capacity=choice.capacity if choice.sparse else None)
-        flight.counts = Counts(torch.cat([counts, self._trained.state.halted.long()]))
+        # Triton launches on the current device, whichever device its arguments are on.
+        with torch.cuda.device_of(flight.batch[0]):
+            counts = launch(self._trained, flight, capacity=choice.capacity if choice.sparse else None)
+            flight.counts = Counts(torch.cat([counts, self._trained.state.halted.long()]))
         self._flying.append(flight)
 
     def _land(self) -> None:
