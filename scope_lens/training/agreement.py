@@ -29,6 +29,7 @@ class Agreement:
 
     def __init__(self, *, several: bool) -> None:
         self._group: Any = dist.new_group(backend="gloo", timeout=_PATIENCE) if several else None
+        self._hasty: Any = dist.new_group(backend="gloo", timeout=_AT_ONCE) if several else None
         self.rank = dist.get_rank() if several else 0
 
     @property
@@ -40,9 +41,7 @@ class Agreement:
         """Give every rank's value, in the order of the ranks; it has to be picklable."""
         if self._group is None:
             return [value]
-        values: list[Any] = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(values, value, group=self._group)
-        return values
+        return _gather(value, self._group)
 
     def from_first(self, value: T) -> T:
         """Give the first rank's value to all."""
@@ -97,14 +96,22 @@ class Agreement:
                 raise ValueError(f"Rank {rank} failed, and so the others stop too. {message}")
 
     def all_reach(self, place: int) -> bool:
-        """Say whether every rank comes here soon, at the same place; the others may have gone elsewhere or died."""
+        """Say whether every rank comes here soon, at the same place; the others may have gone elsewhere or died.
+
+        Where it says no, the ranks can agree on nothing more.
+        """
         if self._group is None:
             return True
         try:
-            dist.monitored_barrier(self._group, timeout=_AT_ONCE)
+            return len(set(_gather(place, self._hasty))) == 1
         except RuntimeError:
             return False
-        return len(set(self.gather(place))) == 1
+
+
+def _gather(value: T, group: Any) -> list[T]:
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def _difference(one: Any, other: Any) -> str:

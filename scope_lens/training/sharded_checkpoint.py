@@ -56,7 +56,7 @@ def write_shards(folder: Path, header: Mapping[str, Any], tensors: Mapping[str, 
             warnings.simplefilter("ignore")
             save(state, checkpoint_id=folder, process_group=agreement.group)
     except CheckpointException as error:
-        raise OSError(f"a rank could not write its part: {error}") from None
+        raise OSError(_failures(error.failures)) from None
     with agreement.together():
         own = {path.name: _check_of(path) for path in folder.glob(f"__{agreement.rank}_*")}
         if ranks.first:
@@ -100,10 +100,15 @@ def read_shards(folder: Path, *, ranks: Ranks) -> tuple[dict[str, Any], dict[str
             warnings.simplefilter("ignore")  # that this is a single process, which it may be
             load(room, storage_reader=reader, process_group=agreement.group, no_dist=ranks.alone)
     except CheckpointException as error:
-        raise ValueError(str(error)) from None
+        raise ValueError(_failures(error.failures)) from None
     return header, {
         name: tensor.to_local() if _is_cut(name, tensor, ranks) else tensor for name, tensor in room.items()
     }
+
+
+def _failures(failures: Mapping[int, Any]) -> str:
+    """What went wrong on which rank, without the places in the code that the library adds."""
+    return "; ".join(f"rank {rank}: {type(error).__name__}: {error}" for rank, (error, _) in sorted(failures.items()))
 
 
 def _is_cut(name: str, tensor: Tensor, ranks: Ranks) -> bool:
