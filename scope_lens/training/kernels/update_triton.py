@@ -162,6 +162,7 @@ def _update(
     if shadow is not None:
         tl.store(shadow + at + head, w_head.to(shadow.dtype.element_ty))
         tl.store(shadow + at + rest, w_rest.to(shadow.dtype.element_ty), mask=inside)
+    tl.debug_barrier()  # every warp has read `last` by now, before one of them writes it
     tl.store(last + latent, step)
 
 
