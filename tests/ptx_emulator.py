@@ -38,7 +38,7 @@ class _Machine:
                 self.step(line)
 
     def step(self, line: str) -> None:
-        guard, line = re.fullmatch(r"(?:@(!?\w+)\s+)?(.*)", line, re.S).groups()
+        guard, line = re.fullmatch(r"(?:@(!?\w+)\s+)?(.*)", line, re.DOTALL).groups()
         on = self.running.copy()
         if guard:
             on &= ~self.registers[guard[1:]] if guard.startswith("!") else self.registers[guard]
@@ -54,7 +54,7 @@ class _Machine:
         if re.fullmatch(r"-?\d+", name):
             return np.full(self.size, int(name)).astype(dtype)
         if name.startswith("0f"):
-            return np.full(self.size, int(name[2:], 16), np.uint32).view(dtype)
+            return np.full(self.size, int(f"0x{name[2:]}", 0), np.uint32).view(dtype)
         held = self.registers[name]
         return held if held.dtype.itemsize == 8 else held.view(dtype)
 

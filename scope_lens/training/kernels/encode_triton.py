@@ -57,10 +57,10 @@ class Launch(NamedTuple):
 
 
 _HOPPER = Launch(rows=128, latents=256, depth=64, group=16, warps=8, stages=4, programs=1, hopper=True)
-_OTHER = Launch(rows=64, latents=128, depth=64, group=16, warps=4, stages=3, programs=2, hopper=False)
-_FLOAT32 = Launch(rows=64, latents=64, depth=32, group=16, warps=4, stages=3, programs=3, hopper=False)
+_OTHER = Launch(rows=64, latents=64, depth=64, group=16, warps=4, stages=3, programs=2, hopper=False)
+_FLOAT32 = Launch(rows=64, latents=64, depth=16, group=16, warps=4, stages=3, programs=2, hopper=False)
 
-_SLOTS, _OTHERS = 128, 32  # slots that a program of the second kernel places, and those it compares them with at once
+_SLOTS, _OTHERS = 64, 16  # slots that a program of the second kernel places, and those it compares them with at once
 
 _STRIP = tl.constexpr(ptx.STRIP)
 _PACK = tl.constexpr(ptx.PACK)
