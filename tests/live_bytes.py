@@ -84,3 +84,29 @@ def learner_without_memory(cfg, *, d_in: int, d_out: int) -> Iterator:
         launches_skipped(),
     ):
         yield learner.Learner(cfg, d_in=d_in, d_out=d_out, scale=1.0, model="", device="meta", kernels=kernels)
+
+
+def peaks_of_an_update(width: int, *, d: int, batch_size: int, capacity: int, d_out: int | None = None) -> dict:
+    """Bytes alive at the worst moment of a sparse and of a dense update, the raw batch not counted."""
+    from scope_lens.training import TrainConfig
+    from scope_lens.training.dispatch import Choice, Dispatcher
+
+    site = "blocks.1.hook_resid_post"
+    target = site if d_out is None else "blocks.1.hook_mlp_out"
+    cfg = TrainConfig(
+        hook_in=site, hook_out=target, width=width, sparsity=1e-3, steps=10**6, batch_size=batch_size
+    )  # fmt: skip
+    peaks = {}
+    for kind in ("sparse", "dense"):
+        choice = Choice(sparse=kind == "sparse", capacity=capacity)
+        with LiveBytes() as live, mock.patch.object(Dispatcher, "choose", return_value=choice):
+            with learner_without_memory(cfg, d_in=d, d_out=d_out or d) as learner:
+                x = torch.empty(batch_size, d)
+                y = x if d_out is None else torch.empty(batch_size, d_out)
+                for _ in range(4):
+                    live.peak = live.now
+                    learner.update(x, y)
+                raw = x.nbytes if y is x else x.nbytes + y.nbytes
+                peaks[kind] = live.peak - raw
+                del learner
+    return peaks

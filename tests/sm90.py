@@ -32,6 +32,7 @@ _H200 = SimpleNamespace(name="NVIDIA H200", multi_processor_count=132, major=9, 
 class Launch(NamedTuple):
     """One kernel as one launch compiles it."""
 
+    module: str  # last part of its name
     kernel: str
     grid: tuple[int, ...]
     warps: int
@@ -92,16 +93,18 @@ def compiled_launches() -> Iterator[list[Launch]]:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         if callable(grid):
             grid = grid(dict(zip(self.arg_names, args, strict=False)) | kwargs)
-        launches.append(_measured(kernel, tuple(int(size) for size in grid)))
+        module = self.fn.__module__.rpartition(".")[2]
+        launches.append(_measured(kernel, module, tuple(int(size) for size in grid)))
         return kernel
 
     with hopper(), mock.patch.object(JITFunction, "run", compile_only):
         yield launches
 
 
-def _measured(kernel, grid: tuple[int, ...]) -> Launch:
+def _measured(kernel, module: str, grid: tuple[int, ...]) -> Launch:
     usage = _resource_usage(kernel.asm["cubin"])
     return Launch(
+        module=module,
         kernel=kernel.metadata.name,
         grid=grid,
         warps=kernel.metadata.num_warps,

@@ -110,11 +110,12 @@ def weight_gradients(operands: torch.dtype) -> None:
 
 
 def dense(operands: torch.dtype) -> None:
-    from scope_lens.training.kernels.dense_triton import dense_gradients, encode_dense
+    from scope_lens.training.kernels.dense_triton import dense_gradients, dense_residual, encode_dense
 
     x, weight = meta(B, D, dtype=operands), meta(BLOCK, D, dtype=operands)
     acts = encode_dense(x, weight, meta(BLOCK), meta(BLOCK), half_window=HALF_WINDOW)
-    dense_gradients(meta(B, D, dtype=operands), meta(BLOCK, D, dtype=operands), acts, meta(B))
+    d_recons, _ = dense_residual(meta(B, D), meta(D), meta(B, D), rows=B, operands=operands)
+    dense_gradients(d_recons, meta(BLOCK, D, dtype=operands), acts, meta(B))
 
 
 CASES: dict[str, Callable[[torch.dtype], None]] = {

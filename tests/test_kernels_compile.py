@@ -48,11 +48,15 @@ def test_bfloat16_kernels_spill_nothing_and_use_the_tensor_cores():
     launches = compiled("bfloat16")
     check(launches, tensor_cores=True)
     # Whatever is launched anywhere in the package has been compiled here.
-    sources = "\n".join(path.read_text() for path in KERNELS.glob("*_triton.py"))
-    kernels = set(re.findall(r"@triton\.jit[^\n]*\n(?:@[^\n]+\n)*def (\w+)\(", sources))
-    launched = kernels & set(re.findall(r"(\w+)\[", sources))
+    launched = {(path.stem, kernel) for path in KERNELS.glob("*_triton.py") for kernel in launched_in(path)}
     assert launched
-    assert launched == {launch.kernel for found in launches.values() for launch in found}
+    assert launched == {(launch.module, launch.kernel) for found in launches.values() for launch in found}
+
+
+def launched_in(path: Path) -> set[str]:
+    source = path.read_text()
+    kernels = set(re.findall(r"@triton\.jit[^\n]*\n(?:@[^\n]+\n)*def (\w+)\(", source))
+    return kernels & set(re.findall(r"(\w+)\[", source))
 
 
 @pytest.mark.slow

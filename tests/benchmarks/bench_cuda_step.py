@@ -203,7 +203,9 @@ def static() -> dict:
     from sm90_cases import CASES, compiled
 
     launches = [
-        {"function": name, **launch._asdict(), "blocks": launch.blocks} for name in CASES for launch in compiled(name)
+        {"function": name, **launch._asdict(), "grid": " x ".join(map(str, launch.grid)), "blocks": launch.blocks}
+        for name in CASES
+        for launch in compiled(name)
     ]
     state = arms.State(matter=85.0, active=80.0, touched=0.0)
     rows = []

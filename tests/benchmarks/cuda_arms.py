@@ -28,7 +28,7 @@ class Work(NamedTuple):
     @property
     def threshold(self) -> float:
         """Threshold at which `l0` latents are active: pre-activations have deviation 1 / sqrt(d)."""
-        return float(torch.distributions.Normal(0, self.d**-0.5).icdf(torch.tensor(1 - self.l0 / self.d_sae)))
+        return statistics.NormalDist(0, self.d**-0.5).inv_cdf(1 - self.l0 / self.d_sae)
 
     def __str__(self) -> str:
         return f"{self.d} -> {self.d_sae}, batch {self.batch}, L0 {self.l0:g}"

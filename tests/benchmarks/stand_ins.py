@@ -73,8 +73,10 @@ def enter(*, force: bool = False) -> list[str]:
     """Put stand-ins where modules are missing, and say which.
 
     Args:
-        force: Stand in for installed ones too, which shows on any machine that the benchmark runs on a bare one.
+        force: Stand in for installed ones too, which shows on any machine that the benchmark runs on a bare one. It is
+            always so beside sae-lens, which cannot be imported beside TransformerLens 4.
     """
+    force = force or importlib.util.find_spec("sae_lens") is not None
     missing = [name for name in OPTIONAL if force or importlib.util.find_spec(name) is None]
     if missing:
         sys.meta_path.insert(0, _Finder(frozenset(missing)))
