@@ -1,18 +1,22 @@
 # pyright: reportMissingParameterType=false
 # A kernel's parameters are pointers and numbers of Triton's language, which has no Python types.
-"""The two products of the dense step that take decisions, as Triton kernels.
+"""The dense step's kernels in Triton: two products that take decisions on their accumulators, and two small passes.
 
-Both are tiled products over the inner dimension with the latents down the tile and the batch's rows across it:
+Both products are `weights @ rows^T` in tiles, latents down and the batch's rows across:
 
-1. A program computes a tile of `weights @ rows^T` in float32, on the tensor cores where the operands are bfloat16.
-2. Its epilogue works on the accumulators: bias, threshold and window for the encoder, which counts L0 by atomic adds of
-   integers; masks and five sums over the tile's rows for the gradients, which go into a buffer with a line for every
-   tile of rows, added up afterwards. So the bits are the same on every run.
-3. The tiles of a few latents by all rows come after each other, so that both operands are read from the L2 cache.
+1. A tile of 128 latents by 256 rows is the largest whose accumulators two warp groups can hold, 128 registers a thread.
+   It comes through tensor descriptors (the bulk copy engine), four steps of 64 ahead.
+2. One program a multiprocessor takes tile after tile in one flat loop, so that the next tile's operands are on their
+   way during the epilogue. Neighbours in time share a few latent tiles and all rows: both stay in the L2 cache.
+3. The epilogue works on 32 rows at a time, which keeps it within the registers. With the latents down the tile a thread
+   holds two latents and 64 rows: biases and thresholds take four registers, a latent's decisions of 32 rows become one
+   word, and sums over the rows stay within four neighbouring threads.
+4. Decisions go to memory as bits, a sixteenth of what f takes. What the counts and slopes add up to follows from the
+   bits alone and is a pass of its own.
 
-With the latents down the tile, a thread holds few latents and many rows: biases and thresholds take a handful of
-registers, and sums over the rows stay within a quarter of a warp. The results are stored latent by latent, for which
-`product` has no need of a copy.
+Sums over the rows go into a buffer with a line for each tile of rows, added up afterwards; L0 is counted by atomic adds
+of integers. So the bits are the same on every run. f and d pre are stored latent by latent, for which `product` has no
+need of a copy.
 """
 
 from typing import NamedTuple, no_type_check
@@ -22,6 +26,7 @@ import triton
 import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from scope_lens.training.kernels.dense import WORD, DenseActs, product
 from scope_lens.training.kernels.sums import LatentSums
@@ -42,9 +47,9 @@ class _Tile(NamedTuple):
     stages: int
 
 
-# One block of 128 x 256 a multiprocessor: the accumulators fill half of the registers, four stages the shared memory.
-_TENSOR_CORES = _Tile(latents=128, rows=256, inner=64, warps=8, stages=4)
-_FLOAT32 = _Tile(latents=64, rows=64, inner=32, warps=4, stages=3)
+_HOPPER = _Tile(latents=128, rows=256, inner=64, warps=8, stages=4)
+_OTHER = _Tile(latents=128, rows=128, inner=32, warps=8, stages=4)
+_FLOAT32 = _Tile(latents=64, rows=64, inner=32, warps=8, stages=3)
 _COUNTED_LATENTS, _COUNTED_WORDS = 128, 16
 _RESIDUAL_WIDTH = 1024
 
@@ -65,9 +70,10 @@ def encode_dense(
     )
     l0 = torch.zeros(n_rows, dtype=torch.int32, device=x.device)
     tile = _tile_for(x)
-    _encode[_grid(tile, n_latents, n_rows)](
-        W_enc.contiguous(), x.contiguous(), b_enc, threshold, half_window, acts, active, inside, l0,
-        n_latents, n_rows, inner, **_launch(tile, inner),
+    _encode[_grid(x, tile, n_latents, n_rows)](
+        _descriptor(W_enc, tile.latents, tile.inner), _descriptor(x, tile.rows, tile.inner),
+        b_enc, threshold, half_window, acts, active, inside, l0,
+        n_latents, n_rows, **_launch(tile, n_latents, n_rows, inner),
     )  # fmt: skip
     return DenseActs(acts.T, active, inside, l0)
 
@@ -103,9 +109,10 @@ def dense_gradients(
     d_pre = torch.empty((n_latents, n_rows), dtype=d_recons.dtype, device=d_recons.device)
     tile = _tile_for(d_recons)
     parts = d_pre.new_empty((triton.cdiv(n_rows, tile.rows), 2, n_latents), dtype=torch.float32)
-    _gradients[_grid(tile, n_latents, n_rows)](
-        W_dec.contiguous(), d_recons.contiguous(), acts.active, acts.inside, d_pre, parts,
-        n_latents, n_rows, inner, **_launch(tile, inner),
+    _gradients[_grid(d_recons, tile, n_latents, n_rows)](
+        _descriptor(W_dec, tile.latents, tile.inner), _descriptor(d_recons, tile.rows, tile.inner),
+        acts.active, acts.inside, d_pre, parts,
+        n_latents, n_rows, **_launch(tile, n_latents, n_rows, inner),
     )  # fmt: skip
     near, total = parts.sum(0)
     return d_pre.T, LatentSums(*_counts(acts, slope), d_act_inside=near, d_pre=total)
@@ -126,35 +133,40 @@ def _counts(acts: DenseActs, slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @no_type_check
 @triton.jit
 def _encode(
-    weights, rows, bias, threshold, half_window, acts, active_bits, inside_bits, l0, n_latents, n_rows, inner,
-    LATENTS: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr,
+    weights, rows, bias, threshold, half_window, acts, active_bits, inside_bits, l0, n_latents, n_rows,
+    D: tl.constexpr, LATENTS: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr, RAGGED: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """acts: (n_latents, n_rows). The bits: (words of rows, n_latents). l0: (n_rows,), zero before."""
-    first_latent, first_row = _corner(n_latents, n_rows, LATENTS, ROWS)
-    pre = _tile_product(
-        weights, rows, first_latent, first_row, n_latents, n_rows, inner, LATENTS, ROWS, INNER, EVEN, UPCAST
-    )
-    latent = first_latent + tl.arange(0, LATENTS)
-    known = latent < n_latents
-    shift = tl.load(bias + latent, mask=known, other=0.0)[:, None]
-    cut = tl.load(threshold + latent, mask=known, other=0.0)[:, None]
-    corner = acts + (first_latent.to(tl.int64) * n_rows + first_row)
-    at = tl.arange(0, LATENTS)[:, None] * n_rows
+    tiles = tl.cdiv(n_latents, LATENTS) * tl.cdiv(n_rows, ROWS)
     lane = tl.arange(0, _WORD)
-    for part in tl.static_range(ROWS // _WORD):
-        row = part * _WORD + lane
-        there = known[:, None] & (row < n_rows - first_row)[None, :]
-        value = _columns(pre, part, ROWS // _WORD) + shift
-        active = ((value <= cut) == 0) & there  # so that NaN passes
-        inside = (tl.abs(value - cut) < half_window) & there
-        tl.store(corner + (at + row[None, :]), tl.where(active, value, 0.0).to(acts.dtype.element_ty), mask=there)
-        word = (first_row // _WORD + part).to(tl.int64) * n_latents + latent
-        begun = latent < tl.where(n_rows - first_row > part * _WORD, n_latents, 0)
-        tl.store(active_bits + word, tl.sum(tl.where(active, 1 << lane[None, :], 0), 1), mask=begun)
-        tl.store(inside_bits + word, tl.sum(tl.where(inside, 1 << lane[None, :], 0), 1), mask=begun)
-        tl.atomic_add(
-            l0 + first_row + row, tl.sum(active.to(tl.int32), 0), mask=row < n_rows - first_row, sem="relaxed"
-        )
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        first_latent, first_row = _corner(tile, n_latents, n_rows, LATENTS, ROWS)
+        pre = _tile_product(weights, rows, first_latent, first_row, D, LATENTS, ROWS, INNER, UPCAST)
+        latent = first_latent + tl.arange(0, LATENTS)
+        known = latent < n_latents
+        shift = tl.load(bias + latent, mask=known, other=0.0)[:, None]
+        cut = tl.load(threshold + latent, mask=known, other=0.0)[:, None]
+        corner = acts + (first_latent.to(tl.int64) * n_rows + first_row)
+        at = tl.arange(0, LATENTS)[:, None] * n_rows
+        for part in tl.static_range(ROWS // _WORD):
+            row = part * _WORD + lane
+            there, begun, row_there = None, None, None
+            if RAGGED:
+                row_there = row < n_rows - first_row
+                there = known[:, None] & row_there[None, :]
+                begun = latent < tl.where(n_rows - first_row > part * _WORD, n_latents, 0)
+            value = _columns(pre, part, ROWS // _WORD) + shift
+            active = (value <= cut) == 0  # so that NaN passes
+            inside = tl.abs(value - cut) < half_window
+            act = tl.where(active, value, 0.0).to(acts.dtype.element_ty)
+            word = (first_row // _WORD + part).to(tl.int64) * n_latents
+            if RAGGED:
+                active, inside = active & there, inside & there
+            tl.store(corner + (at + row[None, :]), act, mask=there)
+            tl.store(active_bits + word + latent, _word(active, lane), mask=begun)
+            tl.store(inside_bits + word + latent, _word(inside, lane), mask=begun)
+            tl.atomic_add(l0 + first_row + row, tl.sum(active.to(tl.int32), 0), mask=row_there, sem="relaxed")
 
 
 @no_type_check
@@ -183,35 +195,38 @@ def _residual(
 @no_type_check
 @triton.jit
 def _gradients(
-    weights, rows, active_bits, inside_bits, d_pre, parts, n_latents, n_rows, inner,
-    LATENTS: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr,
+    weights, rows, active_bits, inside_bits, d_pre, parts, n_latents, n_rows,
+    D: tl.constexpr, LATENTS: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr, RAGGED: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """d_pre: (n_latents, n_rows). The bits: (words of rows, n_latents). parts: (tiles of rows, 2, n_latents)."""
-    first_latent, first_row = _corner(n_latents, n_rows, LATENTS, ROWS)
-    d_act = _tile_product(
-        weights, rows, first_latent, first_row, n_latents, n_rows, inner, LATENTS, ROWS, INNER, EVEN, UPCAST
-    )
-    latent = first_latent + tl.arange(0, LATENTS)
-    known = latent < n_latents
-    corner = d_pre + (first_latent.to(tl.int64) * n_rows + first_row)
-    at = tl.arange(0, LATENTS)[:, None] * n_rows
+    tiles = tl.cdiv(n_latents, LATENTS) * tl.cdiv(n_rows, ROWS)
     lane = tl.arange(0, _WORD)
-    near, total = tl.zeros((LATENTS,), tl.float32), tl.zeros((LATENTS,), tl.float32)
-    for part in tl.static_range(ROWS // _WORD):
-        row = part * _WORD + lane
-        word = (first_row // _WORD + part).to(tl.int64) * n_latents + latent
-        begun = latent < tl.where(n_rows - first_row > part * _WORD, n_latents, 0)
-        active = _bits(tl.load(active_bits + word, mask=begun, other=0), lane)
-        inside = _bits(tl.load(inside_bits + word, mask=begun, other=0), lane)
-        value = _columns(d_act, part, ROWS // _WORD)
-        d_active = tl.where(active, value, 0.0)
-        near += tl.sum(tl.where(inside, value, 0.0), 1)
-        total += tl.sum(d_active, 1)
-        there = known[:, None] & (row < n_rows - first_row)[None, :]
-        tl.store(corner + (at + row[None, :]), d_active.to(d_pre.dtype.element_ty), mask=there)
-    line = parts + (first_row // ROWS).to(tl.int64) * 2 * n_latents + latent
-    tl.store(line, near, mask=known)
-    tl.store(line + n_latents, total, mask=known)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        first_latent, first_row = _corner(tile, n_latents, n_rows, LATENTS, ROWS)
+        d_act = _tile_product(weights, rows, first_latent, first_row, D, LATENTS, ROWS, INNER, UPCAST)
+        latent = first_latent + tl.arange(0, LATENTS)
+        known = latent < n_latents
+        corner = d_pre + (first_latent.to(tl.int64) * n_rows + first_row)
+        at = tl.arange(0, LATENTS)[:, None] * n_rows
+        both = tl.zeros((LATENTS, 2), tl.float32)
+        for part in tl.static_range(ROWS // _WORD):
+            row = part * _WORD + lane
+            word = (first_row // _WORD + part).to(tl.int64) * n_latents
+            there, begun = None, None
+            if RAGGED:
+                there = known[:, None] & (row < n_rows - first_row)[None, :]
+                begun = latent < tl.where(n_rows - first_row > part * _WORD, n_latents, 0)
+            active = _bits(tl.load(active_bits + word + latent, mask=begun), lane)
+            inside = _bits(tl.load(inside_bits + word + latent, mask=begun), lane)
+            value = _columns(d_act, part, ROWS // _WORD)
+            d_active = tl.where(active, value, 0.0)
+            both += tl.sum(tl.join(tl.where(inside, value, 0.0), d_active), 1)
+            tl.store(corner + (at + row[None, :]), d_active.to(d_pre.dtype.element_ty), mask=there)
+        line = parts + (first_row // ROWS).to(tl.int64) * 2 * n_latents + latent
+        near, total = tl.split(both)
+        tl.store(line, near, mask=known)
+        tl.store(line + n_latents, total, mask=known)
 
 
 @no_type_check
@@ -239,6 +254,13 @@ def _count(
     tl.store(line, fired.to(tl.float32), mask=known)
     tl.store(line + n_latents, within.to(tl.float32), mask=known)
     tl.store(line + 2 * n_latents, tl.sum(slopes, 1), mask=known)
+
+
+@no_type_check
+@triton.jit
+def _word(mask, lane):
+    """One word for each latent from (latents, rows): the sum of its bits."""
+    return tl.sum(tl.where(mask, (1 << lane)[None, :], 0), 1)
 
 
 @no_type_check
@@ -272,10 +294,9 @@ def _ones(word):
 
 @no_type_check
 @triton.jit
-def _corner(n_latents, n_rows, LATENTS: tl.constexpr, ROWS: tl.constexpr):
+def _corner(program, n_latents, n_rows, LATENTS: tl.constexpr, ROWS: tl.constexpr):
     """First latent and first row of this program's tile."""
     latent_tiles, row_tiles = tl.cdiv(n_latents, LATENTS), tl.cdiv(n_rows, ROWS)
-    program = tl.program_id(0)
     group = program // (_GROUP * row_tiles)
     size = tl.minimum(latent_tiles - group * _GROUP, _GROUP)
     within = program - group * _GROUP * row_tiles
@@ -284,36 +305,17 @@ def _corner(n_latents, n_rows, LATENTS: tl.constexpr, ROWS: tl.constexpr):
 
 @no_type_check
 @triton.jit
-def _offsets(first_latent, first_row, n_rows, LATENTS: tl.constexpr, ROWS: tl.constexpr):
-    """Where the tile's entries stand in a (n_latents, n_rows) array, which may have more than 2^31."""
-    corner = first_latent.to(tl.int64) * n_rows + first_row
-    return corner + (tl.arange(0, LATENTS)[:, None] * n_rows + tl.arange(0, ROWS)[None, :])
-
-
-@no_type_check
-@triton.jit
 def _tile_product(
-    weights, rows, first_latent, first_row, n_latents, n_rows, inner,
-    LATENTS: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr,
+    weights, rows, first_latent, first_row, D: tl.constexpr,
+    LATENTS: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """(LATENTS, ROWS) of `weights @ rows^T`; what lies beyond the edges repeats the last latent and the last row."""
-    latent = tl.minimum(first_latent + tl.arange(0, LATENTS), n_latents - 1) - first_latent
-    row = tl.minimum(first_row + tl.arange(0, ROWS), n_rows - 1) - first_row
-    step = tl.arange(0, INNER)
-    weight_at = weights + first_latent.to(tl.int64) * inner + (latent[:, None] * inner + step[None, :])
-    row_at = rows + first_row.to(tl.int64) * inner + (row[None, :] * inner + step[:, None])
+    """(LATENTS, ROWS) of `weights @ rows^T`, zero beyond the edges."""
     total = tl.zeros((LATENTS, ROWS), tl.float32)
-    for start in range(0, inner, INNER):
-        if EVEN:
-            a, b = tl.load(weight_at), tl.load(row_at)
-        else:
-            left = step < inner - start
-            a, b = tl.load(weight_at, mask=left[None, :], other=0.0), tl.load(row_at, mask=left[:, None], other=0.0)
+    for start in range(0, D, INNER):
+        a, b = weights.load([first_latent, start]), rows.load([first_row, start])
         if UPCAST:
             a, b = a.to(tl.float32), b.to(tl.float32)
-        total = tl.dot(a, b, total, input_precision="ieee")
-        weight_at += INNER
-        row_at += INNER
+        total = tl.dot(a, b.T, total, input_precision="ieee")
     return total
 
 
@@ -322,21 +324,41 @@ _INTERPRETED = type(_encode) is not triton.JITFunction
 
 
 def _tile_for(operand: Tensor) -> _Tile:
-    return _FLOAT32 if operand.dtype == torch.float32 else _TENSOR_CORES
+    """The tile for operands of this dtype on their device.
+
+    Float32 operands are multiplied as they are (IEEE), which tensor cores cannot do: theirs is the path for checking.
+    """
+    if operand.dtype == torch.float32:
+        return _FLOAT32
+    on_hopper = operand.device.type != "cpu" and torch.cuda.get_device_properties(operand.device).major == 9
+    return _HOPPER if on_hopper else _OTHER
 
 
-def _grid(tile: _Tile, n_latents: int, n_rows: int) -> tuple[int]:
-    return (triton.cdiv(n_latents, tile.latents) * triton.cdiv(n_rows, tile.rows),)
+def _grid(operand: Tensor, tile: _Tile, n_latents: int, n_rows: int) -> tuple[int]:
+    """One program a multiprocessor, as long as there are tiles for them; two in the interpreter."""
+    tiles = triton.cdiv(n_latents, tile.latents) * triton.cdiv(n_rows, tile.rows)
+    if operand.device.type == "cpu":
+        return (min(tiles, 2),)
+    return (min(tiles, torch.cuda.get_device_properties(operand.device).multi_processor_count),)
 
 
-def _launch(tile: _Tile, inner: int) -> dict[str, int | bool]:
+def _launch(tile: _Tile, n_latents: int, n_rows: int, inner: int) -> dict[str, int | bool]:
     """The settings that both kernels are compiled with."""
     return {
         "LATENTS": tile.latents,
         "ROWS": tile.rows,
         "INNER": tile.inner,
-        "EVEN": inner % tile.inner == 0,
+        "D": inner,
+        "RAGGED": n_latents % tile.latents != 0 or n_rows % tile.rows != 0,
         "UPCAST": _INTERPRETED,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
+
+
+def _descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """What the copy engine reads tiles by; it needs rows that begin at multiples of 16 bytes."""
+    extra = -matrix.shape[1] % (16 // matrix.itemsize)
+    if extra:
+        matrix = torch.nn.functional.pad(matrix, (0, extra))
+    return TensorDescriptor.from_tensor(matrix.contiguous(), [rows, columns])
