@@ -41,6 +41,7 @@ with install_import_hook(CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(
         jumprelu_step,
         sharded_checkpoint,
     )
+    from scope_lens.training.kernels.kernel_set import eager_kernels
     from scope_lens.training.learner import Learner
     from scope_lens.training.ranks import ALONE, Ranks
 
@@ -66,6 +67,12 @@ KINDS = {
     "batchtopk": dataclasses.replace(CFG, activation="batchtopk", **WITH_K),
     "relu": dataclasses.replace(CFG, activation="relu"),
     "gated": dataclasses.replace(CFG, activation="gated", threshold="log"),
+}
+# The twins of the kernels, dense and as sparse as can be.
+ON_KERNELS = {
+    f"{kind}, {way}": (kind, share)
+    for kind in ("jumprelu", "log threshold, target, frequency", "skip transcoder")
+    for way, share in (("dense", 1e-9), ("sparse", 10.0))
 }
 RUN = [CFG, TRANSCODER, dataclasses.replace(KINDS["batchtopk"], batch_size=24, steps=12)]
 WRITTEN = EvalResult(
@@ -140,13 +147,18 @@ def raised(work, *args, **settings):
 
 
 def learners(ranks):
-    return {name: learnt(cfg, ranks) for name, cfg in KINDS.items()}
+    eager = eager_kernels()
+    on_kernels = {
+        name: learnt(KINDS[kind], ranks, kernels=eager, operands=torch.float32, break_even=share)
+        for name, (kind, share) in ON_KERNELS.items()
+    }
+    return {name: learnt(cfg, ranks) for name, cfg in KINDS.items()} | on_kernels
 
 
-def learnt(cfg, ranks):
+def learnt(cfg, ranks, **kernels):
     """Losses of 20 updates, and the state and the dictionary after them."""
     wide = 8 if cfg.hook_in == cfg.hook_out else 5
-    learner = Learner(cfg, d_in=8, d_out=wide, scale=2.0, model="m", ranks=ranks)
+    learner = Learner(cfg, d_in=8, d_out=wide, scale=2.0, model="m", ranks=ranks, **kernels)
     generator = torch.Generator().manual_seed(3)
     losses, own = [], ranks.rows(16)
     for _ in range(20):
@@ -154,10 +166,11 @@ def learnt(cfg, ranks):
         y = torch.randn(16, 5, generator=generator) + x.sum(1, keepdim=True)
         rows = x[own]
         parts = learner.update(rows, rows if wide == 8 else y[own])
+        learner.settle()
         losses.append(ranks.sum_over_rows_(torch.stack([parts.loss, parts.squared_error, parts.l0])))
     return {
         "losses": torch.stack(losses),
-        "state": {name: ranks.whole(name, tensor) for name, tensor in learner.state().items()},
+        "state": {name: ranks.whole(name, t) for name, t in learner.state().items() if not name.startswith("fused")},
         "own": {name: tuple(tensor.shape) for name, tensor in learner.state().items()},
         "result": learner.result().state_dict(),
         "dead": learner.dead(),

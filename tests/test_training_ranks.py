@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks_worker import KINDS, SHAPES, WRITTEN, A
+from ranks_worker import KINDS, ON_KERNELS, SHAPES, WRITTEN, A
 
 from scope_lens.training import TrainConfig, read_log
 from scope_lens.training.learner import check_divides
@@ -46,7 +46,7 @@ def close(ours, theirs):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *ON_KERNELS])
 def test_every_kind_trains_as_in_one_process(found, shape, kind):
     """Losses and the whole state after 20 updates: weights, thresholds, Adam, the dead, a BatchTopK's cutoff."""
     alone = found["alone"][kind]
@@ -58,6 +58,13 @@ def test_every_kind_trains_as_in_one_process(found, shape, kind):
         # A gated dictionary's threshold is the difference of two biases, and loses a digit.
         assert apart(ours["result"], alone["result"]) < (1e-5 if kind == "gated" else CLOSE)
         assert ours["dead"] == alone["dead"]
+
+
+@pytest.mark.parametrize("kind", ON_KERNELS)
+def test_the_twins_of_the_kernels_train_as_the_step_on_the_cpu(found, kind):
+    """So that the comparison of ranks above stands on something else than itself."""
+    ours, theirs = found["alone"][kind], found["alone"][ON_KERNELS[kind][0]]
+    assert ((ours["losses"] - theirs["losses"]).abs() <= CLOSE * theirs["losses"].abs()).all()
 
 
 def test_latents_die_on_one_shard_alone(found):
