@@ -38,13 +38,10 @@ def kernel(request, device):
     if device == "cuda":
         yield fused
         return
-    tiles = fused._FLOAT32._replace(rows=32, latents=64, group=1)
-    if request.param == "hopper":
-        tiles = fused._HOPPER._replace(group=1)
-    with (
-        mock.patch.object(fused, "launch_for", return_value=tiles),
-        emulated_ptx() if request.param == "hopper" else nullcontext(),
-    ):
+    hopper = request.param == "hopper"
+    tile = fused._HOPPER if hopper else fused._FLOAT32
+    small = tile._replace(rows=16, latents=64, group=2)
+    with mock.patch.object(fused, "tile_for", return_value=small), emulated_ptx() if hopper else nullcontext():
         yield fused
 
 
@@ -118,6 +115,29 @@ def test_edges_are_strict(kernel, device):
     zero = torch.zeros(8, device=device)
     entries = kernel.encode(*nothing, b_enc, zero, half_window=0.0, capacity=8)
     assert entries.latent[0].tolist() == [0, 1, 2, 3, 4, 5, 8, 8]
+
+
+def test_every_place_of_a_tile_decides_at_the_last_bit(device):
+    """Pre-activations a few roundings away from both edges, at all 256 latents of the tile on an H200."""
+    d_sae = 256
+    rows = torch.arange(d_sae) % 9
+    size = 10.0 ** torch.randint(-3, 3, (d_sae,))
+    x, W_enc = torch.eye(9, 16), torch.randn(d_sae, 16) * size[:, None]
+    threshold = torch.rand(d_sae) * size
+    edge = torch.where(torch.rand(d_sae) < 0.5, threshold, threshold - HALF_WINDOW)
+    b_enc = edge - W_enc[torch.arange(d_sae), rows]
+    b_enc += torch.randint(-2, 3, (d_sae,)) * 2**-24 * b_enc.abs()
+    given = tuple(tensor.to(device) for tensor in (x, W_enc, b_enc, threshold))
+    expected = twin.encode(*given, half_window=HALF_WINDOW, capacity=d_sae)
+    near = (expected.pre - threshold.to(device)[expected.latent.clamp(max=255)]).abs() < 1e-4 * size.max()
+    assert near.sum() > 64
+    if device == "cuda":
+        entries = fused.encode(*given, half_window=HALF_WINDOW, capacity=d_sae)
+    else:
+        with mock.patch.object(fused, "tile_for", return_value=fused._HOPPER), emulated_ptx():
+            entries = fused.encode(*given, half_window=HALF_WINDOW, capacity=d_sae)
+    for found, wanted in zip(entries, expected, strict=True):
+        assert torch.equal(found, wanted)
 
 
 def test_rows_without_entries_and_rows_with_too_many(kernel, device):

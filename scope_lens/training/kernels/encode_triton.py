@@ -32,8 +32,8 @@ from scope_lens.training.kernels.encode import check_room, largest
 from scope_lens.training.kernels.entries import Entries
 
 
-class Launch(NamedTuple):
-    """How the product is cut up.
+class Tile(NamedTuple):
+    """How the product is cut up, and how a tile is worked on.
 
     Attributes:
         rows: Rows of the batch in a tile.
@@ -56,9 +56,9 @@ class Launch(NamedTuple):
     hopper: bool
 
 
-_HOPPER = Launch(rows=128, latents=256, depth=64, group=16, warps=8, stages=4, programs=1, hopper=True)
-_OTHER = Launch(rows=64, latents=64, depth=64, group=16, warps=4, stages=3, programs=2, hopper=False)
-_FLOAT32 = Launch(rows=64, latents=64, depth=16, group=16, warps=4, stages=3, programs=2, hopper=False)
+_HOPPER = Tile(rows=128, latents=256, depth=64, group=16, warps=8, stages=4, programs=1, hopper=True)
+_OTHER = Tile(rows=64, latents=64, depth=64, group=16, warps=4, stages=3, programs=2, hopper=False)
+_FLOAT32 = Tile(rows=64, latents=64, depth=16, group=16, warps=4, stages=3, programs=2, hopper=False)
 
 _SLOTS, _OTHERS = 64, 16  # slots that a program of the second kernel places, and those it compares them with at once
 
@@ -92,18 +92,15 @@ def encode(
     )
     if batch == 0:
         return entries
-    launch = launch_for(x.dtype)
-    tiles = triton.cdiv(batch, launch.rows) * triton.cdiv(d_sae, launch.latents)
+    tile = tile_for(x)
     found = torch.empty(batch, capacity, dtype=torch.int64, device=device)
-    _encode[(min(tiles, launch.programs * _multiprocessors(x)),)](
-        _descriptor(x, (launch.rows, launch.depth)), _descriptor(W_enc, (launch.latents, launch.depth)),
-        b_enc, threshold, entries.count, entries.l0, found, batch, d_sae, capacity, float(half_window),
-        d_in, launch.rows, launch.latents, launch.depth, launch.group, launch.hopper, d_sae % launch.latents != 0,
-        _INTERPRETED, num_warps=launch.warps, num_stages=launch.stages,
+    _encode[_grid(x, tile, d_sae)](
+        _descriptor(x, (tile.rows, tile.depth)), _descriptor(W_enc, (tile.latents, tile.depth)), b_enc, threshold,
+        entries.count, entries.l0, found, batch, d_sae, capacity, float(half_window), **_settings(tile, d_in, d_sae),
     )  # fmt: skip
     _order[(batch, triton.cdiv(capacity, _SLOTS))](
-        found, threshold, entries.latent, entries.pre, entries.act, entries.count, capacity, d_sae, _SLOTS, _OTHERS,
-    )  # fmt: skip
+        found, threshold, entries.latent, entries.pre, entries.act, entries.count, capacity, d_sae, _SLOTS, _OTHERS
+    )
     return entries
 
 
@@ -123,27 +120,48 @@ def topk_encode(
     return largest(candidates, k=k, d_sae=len(W_enc))
 
 
-def launch_for(operands: torch.dtype) -> Launch:
-    """Give the tiles for operands of this dtype on the current device.
+def tile_for(x: Float[Tensor, "batch d_in"]) -> Tile:
+    """Give the tile for operands of this dtype on their device.
 
     Float32 operands are multiplied as they are (IEEE), which tensor cores cannot do: theirs is the path for checking.
     """
-    if operands == torch.float32:
+    if x.dtype == torch.float32:
         return _FLOAT32
-    on_hopper = not _INTERPRETED and triton.runtime.driver.active.get_current_target().arch == 90
-    return _HOPPER if on_hopper else _OTHER
+    if _INTERPRETED or torch.version.hip is not None:
+        return _OTHER
+    return _HOPPER if torch.cuda.get_device_properties(x.device).major == 9 else _OTHER
+
+
+def _grid(x: Tensor, tile: Tile, d_sae: int) -> tuple[int]:
+    """As many programs as run at a time, if there are tiles for them; two in the interpreter."""
+    tiles = triton.cdiv(len(x), tile.rows) * triton.cdiv(d_sae, tile.latents)
+    if _INTERPRETED:
+        return (min(tiles, 2),)
+    return (min(tiles, tile.programs * torch.cuda.get_device_properties(x.device).multi_processor_count),)
+
+
+def _settings(tile: Tile, d_in: int, d_sae: int) -> dict[str, int | bool]:
+    """What the product is compiled with."""
+    return {
+        "D": d_in,
+        "ROWS": tile.rows,
+        "LATENTS": tile.latents,
+        "DEPTH": tile.depth,
+        "GROUP": tile.group,
+        "HOPPER": tile.hopper,
+        "RAGGED": d_sae % tile.latents != 0,
+        "INTERPRETED": _INTERPRETED,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
 
 
 def _descriptor(matrix: Tensor, block: tuple[int, int]) -> TensorDescriptor:
     """What the copy engine reads tiles by; it needs rows that begin at multiples of 16 bytes."""
-    extra = -matrix.shape[1] % (16 // matrix.itemsize)
-    if extra:
-        matrix = torch.nn.functional.pad(matrix, (0, extra))
-    return TensorDescriptor.from_tensor(matrix.contiguous(), list(block))
-
-
-def _multiprocessors(x: Tensor) -> int:
-    return 2 if x.device.type == "cpu" else torch.cuda.get_device_properties(x.device).multi_processor_count
+    matrix = torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % (16 // matrix.itemsize))).contiguous()
+    if matrix.data_ptr() % 16:
+        matrix = matrix.clone()
+    return TensorDescriptor.from_tensor(matrix, list(block))
 
 
 # Triton's interpreter wants functions defined above those that call them.
@@ -316,4 +334,4 @@ def _order(found, threshold, latent, pre, act, count, capacity, d_sae, SLOTS: tl
     tl.store(act + place, tl.where(active, value, 0.0), mask=slot < capacity)
 
 
-_INTERPRETED = not isinstance(_encode, triton.runtime.jit.JITFunction)
+_INTERPRETED = type(_encode) is not triton.JITFunction

@@ -31,7 +31,7 @@ class Entries(NamedTuple):
     latent: Int[Tensor, "batch capacity"]
     pre: Float[Tensor, "batch capacity"]
     act: Float[Tensor, "batch capacity"]
-    count: Int[Tensor, " batch"]
+    count: Int[Tensor, " batch"]  # pyright: ignore[reportIncompatibleMethodOverride]
     l0: Int[Tensor, " batch"]
 
 
