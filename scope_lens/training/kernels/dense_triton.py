@@ -11,7 +11,7 @@ Both products are `weights @ rows^T` in tiles, latents down and the batch's rows
 3. The epilogue works on 32 rows at a time, which keeps it within the registers. With the latents down the tile a thread
    holds two latents and 64 rows: biases and thresholds take four registers, a latent's decisions of 32 rows become one
    word, and sums over the rows stay within four neighbouring threads.
-4. Decisions go to memory as bits, a sixteenth of what f takes. What the counts and slopes add up to follows from the
+4. Decisions go to memory as bits, an eighth of what f takes. What the counts and slopes add up to follows from the
    bits alone and is a pass of its own.
 
 Sums over the rows go into a buffer with a line for each tile of rows, added up afterwards; L0 is counted by atomic adds
@@ -72,7 +72,7 @@ def encode_dense(
     tile = _tile_for(x)
     _encode[_grid(x, tile, n_latents, n_rows)](
         _descriptor(W_enc, tile.latents, tile.inner), _descriptor(x, tile.rows, tile.inner),
-        b_enc, threshold, half_window, acts, active, inside, l0,
+        b_enc, threshold, float(half_window), acts, active, inside, l0,
         n_latents, n_rows, **_launch(tile, n_latents, n_rows, inner),
     )  # fmt: skip
     return DenseActs(acts.T, active, inside, l0)
@@ -219,8 +219,11 @@ def _gradients(
                 begun = latent < tl.where(n_rows - first_row > part * _WORD, n_latents, 0)
             active = _bits(tl.load(active_bits + word + latent, mask=begun), lane)
             inside = _bits(tl.load(inside_bits + word + latent, mask=begun), lane)
+            if RAGGED:
+                active, inside = active & there, inside & there
             value = _columns(d_act, part, ROWS // _WORD)
             d_active = tl.where(active, value, 0.0)
+            # One sum of pairs: of two sums, the compiler puts off the additions until it runs out of registers.
             both += tl.sum(tl.join(tl.where(inside, value, 0.0), d_active), 1)
             tl.store(corner + (at + row[None, :]), d_active.to(d_pre.dtype.element_ty), mask=there)
         line = parts + (first_row // ROWS).to(tl.int64) * 2 * n_latents + latent
