@@ -3,8 +3,10 @@
 The groups of processes are forked in one run of ranks_worker.py, which writes down what each rank found.
 """
 
+import fcntl
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,11 +23,19 @@ CLOSE = 1e-6  # relative, after 20 updates
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    worker = Path(__file__).with_name("ranks_worker.py")
-    run = subprocess.run([sys.executable, worker, folder], check=False, capture_output=True, text=True, timeout=400)
-    assert run.returncode == 0, run.stderr
+def found(tmp_path_factory, worker_id):
+    """The report; of several pytest workers one has it made, and the others wait for it."""
+    root = tmp_path_factory.getbasetemp()
+    root = root if worker_id == "master" else root.parent
+    folder = root / "ranks"
+    with (root / "ranks.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "report.pt").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            command = [sys.executable, Path(__file__).with_name("ranks_worker.py"), folder]
+            run = subprocess.run(command, check=False, capture_output=True, text=True, timeout=400)
+            assert run.returncode == 0, run.stderr
     return torch.load(folder / "report.pt", weights_only=False) | {"folder": folder}
 
 
