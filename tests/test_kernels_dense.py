@@ -8,11 +8,13 @@ from scope_lens.training.kernels import dense, dense_triton
 from scope_lens.training.kernels.dense import DenseActs, pack, product, unpack
 from scope_lens.training.kernels.sums import LatentSums
 
-# Batch, d, latents of the block, operands: several tiles of rows, and more tiles of latents than a group has.
+# Batch, d, latents of the block, operands: several tiles of rows, more tiles of latents than a group has, and more rows
+# than one program counts.
 CASES = [
     (1, 17, 50, torch.float32),
     (33, 48, 256, torch.float32),
     (70, 8, 540, torch.float32),
+    (530, 8, 20, torch.float32),
     (1, 17, 50, torch.bfloat16),
     (33, 48, 256, torch.bfloat16),
     (270, 24, 130, torch.bfloat16),
