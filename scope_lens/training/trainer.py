@@ -48,6 +48,7 @@ from scope_lens.training.checkpoint import (
     write_checkpoint,
 )
 from scope_lens.training.config import TrainConfig
+from scope_lens.training.evaluations import Evaluations
 from scope_lens.training.fused_step import kernels_for
 from scope_lens.training.held_out import HeldOut
 from scope_lens.training.interrupts import Interrupts
@@ -119,7 +120,6 @@ class Trainer:
         self.names = tuple(config_name(index, cfg) for index, cfg in enumerate(self.configs))
         self.device = self._ranks.device(device)
         self._kernels = kernels_for(kernels, self.device, self.configs, self._ranks)
-        self.held_out = held_out
         self.log = tuple(log)
         self.folder = None if folder is None else Path(folder)
         self._ranks.agreement.refuse_differences(
@@ -135,12 +135,11 @@ class Trainer:
                 f"Trainer.resume({str(self.folder)!r}), or choose another folder."
             )
         self.step = 0
-        self.evaluations: dict[int, EvalResult] = {}
+        self._evaluations = Evaluations(held_out, every=evaluate_every, ranks=self._ranks)
         self._learners: list[Learner] = []
         self._groups: list[Group] = []
         self._store: ActivationStore | None = None
         self._store_identity: dict[str, Any] = {}
-        self._held_out_identity: dict[str, Any] | None = None
         self._reader_states: dict[int, dict[str, Tensor]] = {}
         self._readings = Readings(self.names, ranks=self._ranks)
         self._undelivered: deque[StepResult] = deque()
@@ -196,8 +195,10 @@ class Trainer:
                 checkpoint, kept, device=trainer.device, ranks=trainer._ranks, kernels=trainer._kernels
             )
             trainer._reader_states = {cfg.batch_size: checkpoint.below(f"reader.{cfg.batch_size}.") for cfg in kept}
-            trainer.evaluations = {int(i): EvalResult.from_json(text) for i, text in header["evaluations"].items()}
-            trainer._store_identity, trainer._held_out_identity = header["store"], header["held_out"]
+            trainer.evaluations.update(
+                (int(i), EvalResult.from_json(text)) for i, text in header["evaluations"].items()
+            )
+            trainer._store_identity, trainer._evaluations.identity = header["store"], header["held_out"]
             trainer.step = trainer._saved_step = header["step"]
             trainer._log_size = header["log_size"]
         except (KeyError, TypeError, ValueError) as error:
@@ -209,6 +210,11 @@ class Trainer:
             _refuse_others(folder, kept, [configs] if isinstance(configs, TrainConfig) else configs)
         trainer.folder = folder
         return trainer
+
+    @property
+    def evaluations(self) -> dict[int, EvalResult]:
+        """The last evaluation of each dictionary, by the number of its config."""
+        return self._evaluations.found
 
     def run(self, store: ActivationStore, *, progress: bool = True) -> Iterator[StepResult]:
         """Train until every dictionary has made its steps, from where the trainer stands.
@@ -296,7 +302,7 @@ class Trainer:
             if self._learners:
                 refuse_another(self._store_identity, identity)
         ranks.agreement.refuse_differences(store=identity, step=self.step)
-        self._check_held_out(store)
+        self._evaluations.begin(store, goes_on=bool(self._learners))
         groups = self._groups
         with ranks.agreement.together():
             if self._store is not store:
@@ -315,19 +321,6 @@ class Trainer:
             self._learners = [self._learner(cfg, store) for cfg in self.configs]
         self._store, self._store_identity, self._groups = store, identity, groups
         self._reported = dict.fromkeys(range(len(self.configs)), (self.step, self._seconds))
-
-    def _check_held_out(self, store: ActivationStore) -> None:
-        # The first rank alone evaluates, and all of them have to know when.
-        identity = self._ranks.agreement.from_first(None if self.held_out is None else self.held_out.identity)
-        if self._learners and identity != self._held_out_identity:
-            raise ValueError(
-                f"This run began with other held-out text: {self._held_out_identity}, now {identity}. Give "
-                "Trainer.resume(folder, held_out=...) the same, so that the run equals an unbroken one."
-            )
-        with self._ranks.agreement.together():
-            if self.held_out is not None and self._ranks.first:
-                self.held_out.check(store)
-        self._held_out_identity = identity
 
     def _learner(self, cfg: TrainConfig, store: ActivationStore) -> Learner:
         return Learner(
@@ -371,15 +364,14 @@ class Trainer:
 
     def _is_due(self, cfg: TrainConfig) -> bool:
         running = self.step <= cfg.steps
-        return running and (self.step % self.report_every == 0 or self.step == cfg.steps or self._evaluates(cfg))
-
-    def _evaluates(self, cfg: TrainConfig) -> bool:
-        return self._held_out_identity is not None and (self.step % self.evaluate_every == 0 or self.step == cfg.steps)
+        return running and (
+            self.step % self.report_every == 0 or self.step == cfg.steps or self._evaluations.due(cfg, step=self.step)
+        )
 
     def _result(self, index: int, reading: Reading) -> StepResult:
         cfg, learner = self.configs[index], self._learners[index]
-        if self._evaluates(cfg):
-            self.evaluations[index] = self._evaluate(learner.result())
+        evaluates = self._evaluations.due(cfg, step=self.step)
+        evaluation = self._evaluations.make(index, learner) if evaluates else None
         (step, seconds), self._reported[index] = self._reported[index], (self.step, self._seconds)
         return StepResult(
             index=index,
@@ -390,20 +382,8 @@ class Trainer:
             l0=reading.l0,
             dead=learner.dead(),
             tokens_per_second=cfg.batch_size * (self.step - step) / (self._seconds - seconds),
-            evaluation=self.evaluations[index] if self._evaluates(cfg) else None,
+            evaluation=evaluation,
         )
-
-    def _evaluate(self, sae: HookedSAE) -> EvalResult:
-        """Evaluate on the first rank, while the others wait for the result."""
-        agreement = self._ranks.agreement
-        evaluated: EvalResult | None = None
-        with agreement.together():
-            if self._ranks.first:
-                assert self.held_out is not None
-                evaluated = self.held_out.evaluate(sae)
-        evaluated = agreement.from_first(evaluated)
-        assert evaluated is not None
-        return evaluated
 
     def _deliver(self) -> Iterator[StepResult]:
         while self._undelivered:
@@ -423,7 +403,7 @@ class Trainer:
             "settings": self._settings(),
             "learners": learner_shapes(self._learners),
             "store": self._store_identity,
-            "held_out": self._held_out_identity,
+            "held_out": self._evaluations.identity,
             "evaluations": {index: result.to_json() for index, result in self.evaluations.items()},
             "log_size": self._log_size,
         }
