@@ -1,6 +1,6 @@
 """What the compile test launches: every function with a kernel, at the sizes of docs/benchmarks/cuda_step.md.
 
-    python tests/sm90_cases.py [--json] [name ...]
+    python tests/sm90_cases.py [--json] [--operands float32] [--ragged] [name ...]
 
 prints what each launch occupies on sm_90; without names, all of them.
 """
@@ -43,7 +43,7 @@ def topk_encode(operands: torch.dtype) -> None:
     from scope_lens.training.kernels.encode_triton import topk_encode
 
     x, weight = meta(B, D, dtype=operands), meta(M, D, dtype=operands)
-    topk_encode(x, weight, meta(M), k=80, floor=meta(1), capacity=2 * CAPACITY)
+    topk_encode(x, weight, meta(M), k=20, floor=meta(1), capacity=2 * CAPACITY)
 
 
 def decode(operands: torch.dtype) -> None:
@@ -139,7 +139,10 @@ if __name__ == "__main__":
     parser.add_argument("names", nargs="*", default=list(CASES))
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--operands", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--ragged", action="store_true", help="sizes that nothing divides")
     options = parser.parse_args()
+    if options.ragged:
+        D, M, B, CAPACITY, BLOCK = 333, 1001, 77, 21, 333
     found = {name: compiled(name, getattr(torch, options.operands)) for name in options.names}
     if options.json:
         print(json.dumps({name: [launch._asdict() for launch in launches] for name, launches in found.items()}))

@@ -18,10 +18,10 @@ ROOT = Path(__file__).parents[1]
 KERNELS = ROOT / "scope_lens" / "training" / "kernels"
 
 
-def compiled(operands: str, *cases: str) -> dict[str, list[Launch]]:
+def compiled(operands: str, *flags: str) -> dict[str, list[Launch]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, ROOT / "tests" / "sm90_cases.py", "--json", "--operands", operands, *cases],
+        [sys.executable, ROOT / "tests" / "sm90_cases.py", "--json", "--operands", operands, *flags],
         env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-4000:]
@@ -29,12 +29,12 @@ def compiled(operands: str, *cases: str) -> dict[str, list[Launch]]:
     return {case: [Launch(**launch) for launch in launches] for case, launches in found.items()}
 
 
-def check(launches: dict[str, list[Launch]], *, tensor_cores: bool) -> None:
+def check(launches: dict[str, list[Launch]], *, tensor_cores: bool, spills: bool = False) -> None:
     for case, found in launches.items():
         assert found, f"{case} launches nothing"
         for launch in found:
             told = f"{case}: {launch}"
-            assert launch.stack == 0, f"registers are spilled; {told}"
+            assert spills or launch.stack == 0, f"registers are spilled; {told}"
             assert launch.shared <= SHARED_LIMIT, f"too much shared memory; {told}"
             assert launch.blocks >= 1, f"does not fit on a multiprocessor; {told}"
             if launch.dots and tensor_cores:
@@ -62,3 +62,10 @@ def launched_in(path: Path) -> set[str]:
 @pytest.mark.slow
 def test_float32_kernels_are_ieee():
     check(compiled("float32"), tensor_cores=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operands", ["bfloat16", "float32"])
+def test_sizes_that_nothing_divides_compile_too(operands):
+    # Loads that cannot be vectorised take more registers; these sizes have to be right, not fast.
+    check(compiled(operands, "--ragged"), tensor_cores=operands == "bfloat16", spills=True)
