@@ -7,13 +7,13 @@
 Floors are taken from what this very card does in this very run (a product and a copy), not from a data sheet. Arms take
 turns; each is timed by the device's clock over several updates in a row.
 
-A bare machine with torch and Triton needs einops, jaxtyping, safetensors, NumPy and tqdm beside them; what else the
-package imports is stood in for (stand_ins.py). The peers are optional. Where pip has the network:
+A bare machine with torch and Triton needs jaxtyping, safetensors and NumPy beside them; what else the package imports
+is stood in for (stand_ins.py). The peers are optional. Where pip has the network:
 
-    pip install --no-deps --target peers sae-lens dictionary-learning simple-parsing docstring-parser
+    pip install --no-deps --target peers sae-lens dictionary-learning simple-parsing docstring-parser einops
     PYTHONPATH=peers python tests/benchmarks/bench_cuda_step.py --out results
 
-and where it has not, carry the folder `peers`, or the wheels, there.
+and where it has not, carry the folder `peers` there: 5 MB of Python, no compiled code.
 """
 
 import argparse

@@ -1,9 +1,10 @@
 """Lets the training code be imported on a machine that has torch and little else.
 
-A training step needs torch, einops, jaxtyping and Triton; what its package imports beside them (language models,
-stores, downloads) is not used by a step. Where such a module is missing, a stand-in takes its place: any name in it is
-an empty class. TransformerLens' two classes that a dictionary is built of are given as far as a step needs them: a
-module with `setup`, and a hook point that lets everything pass. The peers' packages are entered by the same door.
+A training step needs torch, Triton, jaxtyping, safetensors and NumPy; what its package imports beside them (language
+models, stores, downloads) is not used by a step. Where such a module is missing, a stand-in takes its place: any name
+in it is an empty class. TransformerLens' two classes that a dictionary is built of are given as far as a step needs
+them: a module with `setup`, and a hook point that lets everything pass. The peers' packages are entered by the same
+door.
 
 Only for benchmarks of the step. Nothing here is imported by the package or its tests of behaviour.
 """
@@ -19,7 +20,8 @@ from torch import nn
 OPTIONAL = (
     "transformer_lens", "transformers", "datasets", "huggingface_hub", "tensorstore", "tokenizers", "accelerate",
     "plotly", "pandas", "tyro", "wandb", "nltk", "dotenv", "babe", "automated_interpretability",
-    "tenacity", "nnsight", "zstandard", "matplotlib", "matplotlib_inline", "typer", "yaml", "scipy", "sklearn",
+    "tenacity", "nnsight", "zstandard", "matplotlib", "matplotlib_inline", "typer", "requests", "tqdm", "yaml",
+    "scipy", "sklearn",
 )  # fmt: skip
 
 
