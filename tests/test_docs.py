@@ -62,7 +62,7 @@ def test_commands_of_the_index_run_and_others_parse(page, capsys):
             assert cli.main(words) == 1
             assert "There is no text file" in capsys.readouterr().err
         else:
-            assert program in ("pip", "pytest", "bash", "hf", "scope-lens"), program
+            assert program in ("pip", "pytest", "bash", "hf", "scope-lens", "torchrun"), program
 
 
 def test_the_checks_install_as_the_readme_says():
