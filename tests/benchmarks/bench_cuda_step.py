@@ -10,7 +10,7 @@ turns; each is timed by the device's clock over several updates in a row.
 A bare machine with torch and Triton needs jaxtyping, safetensors and NumPy beside them; what else the package imports
 is stood in for (stand_ins.py). The peers are optional. Where pip has the network:
 
-    pip install --no-deps --target peers sae-lens dictionary-learning simple-parsing docstring-parser einops
+    pip install --no-deps --target peers sae-lens dictionary-learning simple-parsing docstring-parser einops packaging
     PYTHONPATH=peers python tests/benchmarks/bench_cuda_step.py --out results
 
 and where it has not, carry the folder `peers` there: 5 MB of Python, no compiled code.
@@ -247,6 +247,7 @@ def main() -> None:
     options = parser.parse_args()
     if not (options.static or options.smoke or torch.cuda.is_available()):
         parser.error("torch finds no CUDA device: pass --static for what is known without one, or --smoke")
+    sys.path.append(str(Path(__file__).parents[2]))  # a checkout that is not installed
     stand_ins.enter(force=options.bare)
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "cuda_step.json"
