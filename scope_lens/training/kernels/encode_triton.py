@@ -225,7 +225,7 @@ def _store_hits(acc, bits, pos, active, latent, b_enc, threshold, place, room, f
 def _append_in_place(
     acc, first_row, first_latent, b_enc, threshold, count, l0, found, batch, d_sae, capacity, half_window
 ):
-    """Do as `_append` without moving an accumulator: no spill, and about 450 instructions where all is silent.
+    """Do as `_append` without moving an accumulator: no spill, and about 600 instructions where all is silent.
 
     A bound on the accumulators is worked out once for each latent, a little low, and whatever exceeds it is decided on
     exactly. Each of a thread's elements of a strip reserves slots of its own.
