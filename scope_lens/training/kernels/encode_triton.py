@@ -158,7 +158,10 @@ def _settings(tile: Tile, d_in: int, d_sae: int) -> dict[str, int | bool]:
 
 def _descriptor(matrix: Tensor, block: tuple[int, int]) -> TensorDescriptor:
     """What the copy engine reads tiles by; it needs rows that begin at multiples of 16 bytes."""
-    matrix = torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % (16 // matrix.itemsize))).contiguous()
+    missing = -matrix.shape[1] % (16 // matrix.itemsize)
+    if missing:  # padding by nothing would copy all the same
+        matrix = torch.nn.functional.pad(matrix, (0, missing))
+    matrix = matrix.contiguous()
     if matrix.data_ptr() % 16:
         matrix = matrix.clone()
     return TensorDescriptor.from_tensor(matrix, list(block))
