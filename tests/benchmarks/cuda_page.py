@@ -16,14 +16,16 @@ OPEN = """\
 **The rows of this page that need a GPU are open.** No CUDA device was at hand when the kernels were written: no
 tokens/s, no share of the floor, no peak memory and no inference time of theirs has been measured, and whether the goals
 are reached is not known. `python tests/benchmarks/bench_cuda_step.py` on such a machine fills them in.
-What is known without one: every kernel agrees with its eager twin under Triton's interpreter, and compiles for sm_90
-into what the table below says.
+What is known without one: every kernel agrees with its eager twin under Triton's interpreter (the encoder's epilogue
+for Hopper, which is PTX, under an emulator of its few instructions), and compiles for sm_90 into what the table below
+says. The [memory of an update](memory.md) has been counted.
 """
 
 STATIC = """\
 Registers are those of a thread; `stack` is what did not fit into them (0: nothing is spilled); `shared` is bytes of a
-block, of 232,448; `wgmma` counts the full-rate tensor-core instructions in the listing; `blocks` run at once on a
-multiprocessor, as registers and shared memory allow.
+block, of 232,448; `dots` counts tile products in the source, `wgmma` the full-rate tensor-core instructions in the
+PTX, `mma` those of half the rate, `inlined` the texts of inline PTX with a branch; `blocks` run at once on a
+multiprocessor, as registers and shared memory allow. A test holds that nothing is spilled.
 """
 
 MODEL = """\
