@@ -39,8 +39,11 @@ with install_import_hook(CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(
         checkpoint,
         checkpoints,
         jumprelu_step,
+        learner,
         sharded_checkpoint,
+        trainer,
     )
+    from scope_lens.training.fused_step import FusedStep
     from scope_lens.training.kernels.kernel_set import eager_kernels
     from scope_lens.training.learner import Learner
     from scope_lens.training.ranks import ALONE, Ranks
@@ -93,7 +96,12 @@ def main():
     report = {"alone": learners(ALONE), "run alone": run(None, FOLDER / "alone")}
     for shape in SHAPES:
         report[shape] = group(shape, several)
-    report |= {"hops": hops(), "refused": group((2, 1), refused), "refused, 4": group((2, 2), refused_of_four)}
+    report |= {
+        "hops": hops(FOLDER / "hops"),
+        "hops_on_kernels": hops_on_kernels(),
+        "refused": group((2, 1), refused),
+        "refused, 4": group((2, 2), refused_of_four),
+    }
     report |= {"signals": signals(), "kills": kills(), "damage": damage(), "command": command()}
     torch.save(report, FOLDER / "report.pt")
 
@@ -243,13 +251,29 @@ def go_on(mesh, folder, last):
     return begun, trainer.step, [sae.state_dict() for sae in trainer.result()]
 
 
-def hops():
+def hops(folder):
     """One process, ranks that share latents, ranks that share rows, and so on: each goes on where another stopped."""
-    folder = FOLDER / "hops"
     found = []
     for shape, last in ((None, 3), ((1, 2), 7), ((2, 1), 11), (None, 13), ((2, 2), 16), ((1, 2), 17), (None, 20)):
         found.append(go_on(None, folder, last) if shape is None else group(shape, go_on, folder, last)[0])
     return {"steps": [(begun, end) for begun, end, _ in found], "saes": found[-1][2]}
+
+
+def hops_on_kernels():
+    """The same with the kernels' twins, which begin densely and go on sparsely."""
+
+    class Exact(FusedStep):
+        def __init__(self, *args, **settings):
+            super().__init__(*args, **settings | {"operands": torch.float32, "break_even": 0.4})
+
+    patched = ((trainer, "kernels_for", lambda *args: eager_kernels()), (learner, "FusedStep", Exact))
+    before = [getattr(module, name) for module, name, _ in patched]
+    for module, name, value in patched:
+        setattr(module, name, value)
+    found = hops(FOLDER / "hops_on_kernels")
+    for (module, name, _), value in zip(patched, before, strict=True):
+        setattr(module, name, value)
+    return found
 
 
 # ---- what is refused ----

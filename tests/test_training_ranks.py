@@ -137,12 +137,13 @@ def test_one_process_writes_single_files(found):
 # ---- resuming on another number of ranks ----
 
 
-def test_a_run_goes_on_on_any_number_of_ranks(found):
+@pytest.mark.parametrize("name", ["hops", "hops_on_kernels"])
+def test_a_run_goes_on_on_any_number_of_ranks(found, name):
     """1 -> 1x2 -> 2x1 -> 1 -> 2x2 -> 1x2 -> 1."""
-    hops, alone = found["hops"], found["run alone"]
+    hops, alone = found[name], found["run alone"]
     assert hops["steps"] == [(0, 3), (3, 7), (7, 11), (11, 13), (13, 16), (16, 17), (17, 20)]
     assert all(apart(sae, other) < CLOSE for sae, other in zip(hops["saes"], alone["saes"], strict=True))
-    logged = read_log(found["folder"] / "hops" / "log.jsonl")
+    logged = read_log(found["folder"] / name / "log.jsonl")
     for result, other in zip(logged, alone["results"], strict=True):
         assert (result.index, result.step) == (other.index, other.step)
         assert close(result.loss, other.loss)
