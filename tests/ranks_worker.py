@@ -436,8 +436,22 @@ def full_disk(rank, folder):
     checkpoint.write_shards = limited
 
 
+def own_folders(rank, folder):
+    """Each rank sees a folder of its own, as on machines that share none."""
+    write = checkpoint.write_shards
+    checkpoint.write_shards = lambda path, header, tensors, *, ranks: write(
+        path.with_name(f"{path.name}_of_{rank}"), header, tensors, ranks=ranks
+    )
+
+
+def taken_up_elsewhere(mesh):
+    """One rank sees a run of which the other sees nothing."""
+    return raised(Trainer.resume, FOLDER / ("alone", "nowhere")[dist.get_rank()], mesh=mesh)
+
+
 def kills():
-    found = {}
+    found = {"own_folders": group((1, 2), killed_writing, FOLDER / "own_folders", own_folders)}
+    found["own_folders, resumed"] = group((1, 2), taken_up_elsewhere)
     for prepare in (parts_written, not_yet_named, half_removed, full_disk):
         folder = FOLDER / prepare.__name__
         ranks = group((1, 2), killed_writing, folder, prepare)

@@ -247,6 +247,16 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_whole_ones(found, what, dea
     assert_goes_on(found, resumed, step)
 
 
+def test_ranks_that_see_different_folders(found):
+    """The first checkpoint, before any update, finds it; so does a run that is taken up."""
+    first, other = found["kills"]["own_folders"]
+    said = r"\['__1_0\.distcp'\] were written by other ranks and are not here\. The folder of a run has to be one that"
+    assert re.match(rf"OSError: .*checkpoint_000000000 could not be written \({said}.* whole: none\.", first)
+    assert re.match(rf"ValueError: Rank 0 failed, and so the others stop too\. FileNotFoundError: {said}", other)
+    said = "ValueError: Rank 1 was given other checkpoints than rank 0: [12, 18, 20], there []. The folder of "
+    assert [text[: len(said)] for text in found["kills"]["own_folders, resumed"]] == [said] * 2
+
+
 def test_a_full_disk_of_one_rank_stops_all(found):
     ranks, files, resumed = found["kills"]["full_disk"]
     assert ranks[0] == ranks[1]

@@ -55,10 +55,11 @@ class Agreement:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group)
         return int(tensor)
 
-    def refuse_differences(self, **settings: Any) -> None:
+    def refuse_differences(self, *, remedy: str = "Start every rank with the same call.", **settings: Any) -> None:
         """Compare what every rank was given.
 
         Args:
+            remedy: Last sentence of the error.
             settings: By name; JSON holds them.
 
         Raises:
@@ -69,8 +70,7 @@ class Agreement:
             for name, value in given[0].items():
                 if other[name] != value:
                     raise ValueError(
-                        f"Rank {rank} was given other {name} than rank 0: {_difference(value, other[name])}. Start "
-                        "every rank with the same call."
+                        f"Rank {rank} was given other {name} than rank 0: {_difference(value, other[name])}. {remedy}"
                     )
 
     @contextmanager

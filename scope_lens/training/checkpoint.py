@@ -28,7 +28,7 @@ from torch import Tensor
 
 from scope_lens.training.config import TrainConfig
 from scope_lens.training.ranks import ALONE, Ranks
-from scope_lens.training.sharded_checkpoint import read_shards, write_shards
+from scope_lens.training.sharded_checkpoint import ONE_FOLDER, read_shards, write_shards
 
 _NAME = re.compile(r"checkpoint_(\d{9,})(\.safetensors)?")
 _UNFINISHED = "checkpoint.part"
@@ -130,6 +130,7 @@ def read_checkpoint(folder: str | Path, *, step: int | None = None, ranks: Ranks
         ValueError: The checkpoint is damaged; the message says which others are whole.
     """
     there = checkpoints(folder)
+    ranks.agreement.refuse_differences(checkpoints=list(there), remedy=ONE_FOLDER)
     if not there:
         raise FileNotFoundError(
             f"{folder} holds no checkpoint_<step>.safetensors; Trainer.resume takes up a run that was begun with "

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 # torch.distributed.checkpoint takes half a second to import, so it is imported where several ranks need it.
 
+ONE_FOLDER = "The folder of a run has to be one that every rank sees."
 _HEADER = "run.json"
 _BLOCK = 1 << 24
 
@@ -64,6 +65,8 @@ def write_shards(folder: Path, header: Mapping[str, Any], tensors: Mapping[str, 
     files = {name: check for one in agreement.gather(own) for name, check in one.items()}
     with agreement.together():
         if ranks.first:
+            if missing := sorted(name for name in files if not (folder / name).is_file()):
+                raise FileNotFoundError(f"{missing} were written by other ranks and are not here. {ONE_FOLDER}")
             with (folder / _HEADER).open("w", encoding="utf-8") as file:
                 json.dump({**header, "files": files}, file)
                 file.flush()

@@ -301,7 +301,7 @@ class Trainer:
             identity = identity_of(store, self.configs)
             if self._learners:
                 refuse_another(self._store_identity, identity)
-        ranks.agreement.refuse_differences(store=identity, step=self.step)
+        ranks.agreement.refuse_differences(store=identity, step=self.step, folder=str(self.folder))
         self._evaluations.begin(store, goes_on=bool(self._learners))
         groups = self._groups
         with ranks.agreement.together():
