@@ -43,7 +43,6 @@ class Launch(NamedTuple):
     dots: int  # tile products in the source
     wgmma: int  # warp-group products (sm_90's full-rate tensor cores) in the PTX
     mma: int  # older tensor-core products, at about half that rate
-    inlined: int  # branches in inline PTX: one for each time that a text with a branch is written out
 
     @property
     def blocks(self) -> int:
@@ -116,7 +115,6 @@ def _measured(kernel, module: str, grid: tuple[int, ...]) -> Launch:
         dots=len(re.findall(r"= tt\.dot ", kernel.asm["ttir"])),
         wgmma=kernel.asm["ptx"].count("wgmma.mma_async"),
         mma=kernel.asm["ptx"].count("mma.sync.aligned"),
-        inlined=kernel.asm["ptx"].count("SILENT:"),
     )
 
 

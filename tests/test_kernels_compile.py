@@ -51,8 +51,6 @@ def test_bfloat16_kernels_spill_nothing_and_use_the_tensor_cores():
     launched = {(path.stem, kernel) for path in KERNELS.glob("*_triton.py") for kernel in launched_in(path)}
     assert launched
     assert launched == {(launch.module, launch.kernel) for found in launches.values() for launch in found}
-    # Two texts for 32 strips, each once in 256 threads with 4 of 1,024 elements: no element is worked on twice.
-    assert launches["encode"][0].inlined == 64
 
 
 def launched_in(path: Path) -> set[str]:

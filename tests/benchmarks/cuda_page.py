@@ -16,9 +16,8 @@ OPEN = """\
 **The rows of this page that need a GPU are open.** No CUDA device was at hand when the kernels were written: no
 tokens/s, no share of the floor, no peak memory and no inference time of theirs has been measured, and whether the goals
 are reached is not known. `python tests/benchmarks/bench_cuda_step.py` on such a machine fills them in.
-What is known without one: every kernel agrees with its eager twin under Triton's interpreter (the encoder's epilogue
-for Hopper, which is PTX, under an emulator of its few instructions), and compiles for sm_90 into what the table below
-says. The [memory of an update](memory.md) has been counted.
+What is known without one: every kernel agrees with its eager twin under Triton's interpreter, and compiles for sm_90
+into what the table below says. The [memory of an update](memory.md) has been counted.
 """
 
 STATIC = """\
@@ -26,6 +25,11 @@ Registers are those of a thread; `stack` is what did not fit into them (0: nothi
 block, of 232,448; `dots` counts tile products in the source, `wgmma` the full-rate tensor-core instructions in the
 PTX, `mma` those of half the rate, `inlined` the texts of inline PTX with a branch; `blocks` run at once on a
 multiprocessor, as registers and shared memory allow. A test holds that nothing is spilled.
+"""
+
+CHECKS = """\
+The largest difference from the eager twin as a share of the array's largest number, where no tile divides rows or
+latents; then the largest relative differences of whole runs from the learner without kernels.
 """
 
 MODEL = """\
@@ -57,6 +61,13 @@ def _measured(record: dict) -> list[str]:
         "## Measured",
         "",
         f"{where} · best rates of the card in this run: {rates} · {found['seconds']} seconds in all",
+        "",
+        "### Kernels beside their twins on this device",
+        "",
+        CHECKS,
+        *table(found["checks"]),
+        *table(found["runs"]),
+        "### Updates",
         "",
         "`peak GiB` is beside the activations. Arms took turns; times are medians over rounds.",
         "",
@@ -90,4 +101,6 @@ def _static(static: dict) -> list[str]:
 def _cell(value: object) -> str:
     if value is None:
         return "open"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return f"{value:,}" if isinstance(value, int) else str(value)

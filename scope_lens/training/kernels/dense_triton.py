@@ -28,6 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from scope_lens.training.kernels.bits_triton import ones
 from scope_lens.training.kernels.dense import WORD, DenseActs, product
 from scope_lens.training.kernels.sums import LatentSums
 
@@ -250,8 +251,8 @@ def _count(
         begun = latent < tl.where(n_rows > word * _WORD, n_latents, 0)
         at = word.to(tl.int64) * n_latents + latent
         inside = tl.load(inside_bits + at, mask=begun, other=0)
-        fired += _ones(tl.load(active_bits + at, mask=begun, other=0))
-        within += _ones(inside)
+        fired += ones(tl.load(active_bits + at, mask=begun, other=0))
+        within += ones(inside)
         slopes += tl.where(_bits(inside, lane), tl.load(slope + row, mask=row < n_rows, other=0.0)[None, :], 0.0)
     line = parts + tl.program_id(1).to(tl.int64) * 3 * n_latents + latent
     tl.store(line, fired.to(tl.float32), mask=known)
@@ -281,18 +282,6 @@ def _columns(tile, part: tl.constexpr, PARTS: tl.constexpr):
         left, right = tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
         tile = _columns(left, part, PARTS // 2) if part < PARTS // 2 else _columns(right, part - PARTS // 2, PARTS // 2)
     return tile
-
-
-@no_type_check
-@triton.jit
-def _ones(word):
-    """Number of ones of each 32-bit word, by sums within pairs, fours and bytes of bits."""
-    word = word.to(tl.uint32, bitcast=True)
-    word = word - ((word >> 1) & 0x55555555)
-    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
-    word = (word + (word >> 4)) & 0x0F0F0F0F
-    word = word + (word >> 8)
-    return ((word + (word >> 16)) & 63).to(tl.int32)
 
 
 @no_type_check

@@ -8,9 +8,11 @@ At 65,536 latents this product is four fifths of what a training step has to do,
 2. One program a multiprocessor takes tile after tile in one flat loop, so that the next tile's operands are on their
    way during the epilogue. Neighbours in time share 16 row tiles (9 MB at d 2304) and a few latent tiles: x stays in
    the L2 cache, and the weights are read once for every 2,048 rows.
-3. The epilogue decides on the accumulators, reserves slots in each row by an atomic add on its count, and stores an
-   entry as one word, the latent above the bits of `pre`. No tensor of (batch, d_sae) exists. On Hopper it is the text
-   of `encode_ptx`, elsewhere plain Triton in smaller tiles.
+3. The epilogue writes the accumulators to a scratch tile that stays in the L2 cache, and packs the decisions on them
+   into words of 32 latents. Few bits are set, and from there on only they matter: each takes a slot of its row, by an
+   atomic add on the row's count, and is stored as one word, the latent above the bits of its `pre`, which is read back.
+   A prefix sum over the tile, or storing from it directly, would move every accumulator through shared memory several
+   times, and spill. No tensor of (batch, d_sae) exists.
 4. A second kernel brings each row's words into the order of the latents, by counting for each how many are smaller:
    the same bits on every run, in whatever order the tiles reserved their slots.
 
@@ -27,7 +29,7 @@ from jaxtyping import Float
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from scope_lens.training.kernels import encode_ptx as ptx
+from scope_lens.training.kernels.bits_triton import ones
 from scope_lens.training.kernels.encode import check_room, largest
 from scope_lens.training.kernels.entries import Entries
 
@@ -43,7 +45,6 @@ class Tile(NamedTuple):
         warps: Warps of a program.
         stages: Steps whose operands are in shared memory at a time.
         programs: Programs on a multiprocessor.
-        hopper: The epilogue is the one written for Hopper's accumulators.
     """
 
     rows: int
@@ -53,22 +54,15 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     programs: int
-    hopper: bool
 
 
-_HOPPER = Tile(rows=128, latents=256, depth=64, group=16, warps=8, stages=4, programs=1, hopper=True)
-_OTHER = Tile(rows=64, latents=64, depth=64, group=16, warps=4, stages=3, programs=2, hopper=False)
-_FLOAT32 = Tile(rows=64, latents=64, depth=16, group=16, warps=4, stages=3, programs=2, hopper=False)
+_HOPPER = Tile(rows=128, latents=256, depth=64, group=16, warps=8, stages=4, programs=1)
+_OTHER = Tile(rows=64, latents=64, depth=64, group=16, warps=4, stages=3, programs=2)
+_FLOAT32 = Tile(rows=64, latents=64, depth=16, group=16, warps=4, stages=3, programs=2)
 
 _SLOTS, _OTHERS = 64, 16  # slots that a program of the second kernel places, and those it compares them with at once
 
-_STRIP = tl.constexpr(ptx.STRIP)
-_PACK = tl.constexpr(ptx.PACK)
-_HITS = tl.constexpr(tuple(ptx.hits_text(strip) for strip in range(32)))
-_STORE = tl.constexpr(tuple(ptx.store_text(strip) for strip in range(32)))
-_RESERVE = tl.constexpr(ptx.reserve_text())
-_HITS_OPERANDS, _STORE_OPERANDS = tl.constexpr(ptx.HITS), tl.constexpr(ptx.STORE)
-_RESERVE_OPERANDS = tl.constexpr(ptx.RESERVE)
+_WORD = tl.constexpr(32)  # latents whose decisions share a word
 
 
 def encode(
@@ -94,9 +88,12 @@ def encode(
         return entries
     tile = tile_for(x)
     found = torch.empty(batch, capacity, dtype=torch.int64, device=device)
-    _encode[_grid(x, tile, d_sae)](
+    grid = _grid(x, tile, d_sae)
+    scratch = torch.empty(*grid, tile.rows, tile.latents, device=device)
+    _encode[grid](
         _descriptor(x, (tile.rows, tile.depth)), _descriptor(W_enc, (tile.latents, tile.depth)), b_enc, threshold,
-        entries.count, entries.l0, found, batch, d_sae, capacity, float(half_window), **_settings(tile, d_in, d_sae),
+        entries.count, entries.l0, found, scratch, batch, d_sae, capacity, float(half_window),
+        **_settings(tile, d_in, d_sae),
     )  # fmt: skip
     _order[(batch, triton.cdiv(capacity, _SLOTS))](
         found, threshold, entries.latent, entries.pre, entries.act, entries.count, capacity, d_sae, _SLOTS, _OTHERS
@@ -148,7 +145,6 @@ def _settings(tile: Tile, d_in: int, d_sae: int) -> dict[str, int | bool]:
         "LATENTS": tile.latents,
         "DEPTH": tile.depth,
         "GROUP": tile.group,
-        "HOPPER": tile.hopper,
         "RAGGED": d_sae % tile.latents != 0,
         "INTERPRETED": _INTERPRETED,
         "num_warps": tile.warps,
@@ -172,116 +168,58 @@ def _descriptor(matrix: Tensor, block: tuple[int, int]) -> TensorDescriptor:
 
 @no_type_check
 @triton.jit
-def _halves(tile):
-    """The left and the right half of a tile; each thread keeps what it has."""
-    return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
-
-
-@no_type_check
-@triton.jit
-def _reserve(address, amount):
-    return tl.inline_asm_elementwise(_RESERVE, _RESERVE_OPERANDS, [address, amount], tl.int32, False, 1)
-
-
-@no_type_check
-@triton.jit
-def _bits_set(bits):
-    return tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [bits], tl.int32, True, 1)
-
-
-@no_type_check
-@triton.jit
-def _mark_hits(acc, low, bits, b_enc, threshold, half_window, first: tl.constexpr):
-    if acc.shape[1] > _STRIP:
-        half: tl.constexpr = acc.shape[1] // 2
-        left, right = _halves(acc)
-        low_left, low_right = _halves(low)
-        bits = _mark_hits(left, low_left, bits, b_enc, threshold, half_window, first)
-        bits = _mark_hits(right, low_right, bits, b_enc, threshold, half_window, first + half)
-    else:
-        text: tl.constexpr = _HITS[first // _STRIP]
-        bits = tl.inline_asm_elementwise(
-            text, _HITS_OPERANDS, [bits, acc, low, b_enc, threshold, half_window], tl.int32, False, _PACK
-        )
-    return bits
-
-
-@no_type_check
-@triton.jit
-def _store_hits(acc, bits, pos, active, latent, b_enc, threshold, place, room, first: tl.constexpr):
-    if acc.shape[1] > _STRIP:
-        half: tl.constexpr = acc.shape[1] // 2
-        left, right = _halves(acc)
-        pos, active = _store_hits(left, bits, pos, active, latent, b_enc, threshold, place, room, first)
-        pos, active = _store_hits(right, bits, pos, active, latent, b_enc, threshold, place, room, first + half)
-    else:
-        text: tl.constexpr = _STORE[first // _STRIP]
-        pos, active = tl.inline_asm_elementwise(
-            text, _STORE_OPERANDS, [pos, active, bits, acc, latent, b_enc, threshold, place, room],
-            (tl.int32, tl.int32), False, _PACK,
-        )  # fmt: skip
-    return pos, active
-
-
-@no_type_check
-@triton.jit
-def _append_in_place(
-    acc, first_row, first_latent, b_enc, threshold, count, l0, found, batch, d_sae, capacity, half_window
-):
-    """Do as `_append` without moving an accumulator: no spill, and about 600 instructions where all is silent.
-
-    A bound on the accumulators is worked out once for each latent, a little low, and whatever exceeds it is decided on
-    exactly. Each of a thread's elements of a strip reserves slots of its own.
-    """
-    latent = first_latent + tl.arange(0, acc.shape[1])
-    theta = tl.load(threshold + latent, mask=latent < d_sae, other=0.0)
-    bias = tl.load(b_enc + latent, mask=latent < d_sae, other=0.0)
-    # Rounding moves the sums by 3e-7 of their terms at most.
-    low = theta - half_window - bias - 1e-6 * (tl.abs(theta) + half_window + tl.abs(bias))
-    low = tl.where(latent < d_sae, low, float("inf"))[None, :]
-
-    row = first_row + tl.arange(0, acc.shape[0])[:, None]
-    latent = first_latent + tl.arange(0, _STRIP)[None, :]
-    b_enc = (b_enc + latent).to(tl.int64)
-    threshold = (threshold + latent).to(tl.int64)
-    bits = tl.zeros((acc.shape[0], _STRIP), tl.int32)
-    bits = _mark_hits(acc, low, bits, b_enc, threshold, half_window, 0)
-    hits = _bits_set(bits)
-    pos = _reserve((count + row).to(tl.int64), tl.where(row < batch, hits, 0))
-    place = (found + row.to(tl.int64) * capacity).to(tl.int64)
-    room = tl.where(row < batch, capacity, 0)
-    active = tl.zeros_like(pos)
-    pos, active = _store_hits(acc, bits, pos, active, latent, b_enc, threshold, place, room, 0)
-    _reserve((l0 + row).to(tl.int64), tl.where(row < batch, active, 0))
-
-
-@no_type_check
-@triton.jit
-def _append(acc, first_row, first_latent, b_enc, threshold, count, l0, found, batch, d_sae, capacity, half_window):
-    """Append what matters in a tile to its rows."""
-    row = first_row + tl.arange(0, acc.shape[0])
-    latent = first_latent + tl.arange(0, acc.shape[1])
-    in_batch = row < batch
-    known = latent < d_sae
-    pre = acc + tl.load(b_enc + latent, mask=known, other=0.0)[None, :]
-    theta = tl.load(threshold + latent, mask=known, other=float("inf"))[None, :]
+def _decisions(acc, first_row, first_latent, b_enc, threshold, batch, d_sae, half_window):
+    """Words of a row and 32 latents: bit i is set where the i-th of them matters."""
+    rows: tl.constexpr = acc.shape[0]
+    latents: tl.constexpr = acc.shape[1]
+    place = tl.arange(0, latents)
+    known = first_latent + place < d_sae
+    pre = acc + tl.load(b_enc + first_latent + place, mask=known, other=0.0)[None, :]
+    theta = tl.load(threshold + first_latent + place, mask=known, other=float("inf"))[None, :]
     # The difference is negative where pre > threshold: one comparison decides both, and lets NaN through.
-    hit = (~(theta - pre >= half_window) & in_batch[:, None]).to(tl.int32)
-    active = hit & (~(pre <= theta)).to(tl.int32)
-    hits = tl.sum(hit, 1)
-    begin = tl.atomic_add(count + row, hits, mask=in_batch & (hits > 0), sem="relaxed")
-    tl.atomic_add(l0 + row, tl.sum(active, 1), mask=in_batch & (hits > 0), sem="relaxed")
-    slot = begin[:, None] + tl.cumsum(hit, 1) - 1
-    words = (latent.to(tl.int64) << 32)[None, :] | pre.to(tl.uint32, bitcast=True).to(tl.int64)
-    tl.store(found + row.to(tl.int64)[:, None] * capacity + slot, words, mask=(hit > 0) & (slot < capacity))
+    bits = tl.where(~(theta - pre >= half_window), (1 << (place % _WORD))[None, :], 0)
+    words = tl.sum(tl.reshape(bits, (rows, latents // _WORD, _WORD)), 2)
+    return tl.where((first_row + tl.arange(0, rows) < batch)[:, None], words, 0)
+
+
+@no_type_check
+@triton.jit
+def _append(
+    acc, scratch, first_row, first_latent, b_enc, threshold, count, l0, found, batch, d_sae, capacity, half_window
+):
+    """Append what matters in a tile to its rows."""
+    rows: tl.constexpr = acc.shape[0]
+    latents: tl.constexpr = acc.shape[1]
+    row = tl.arange(0, rows)[:, None]
+    tl.store(scratch + row * latents + tl.arange(0, latents)[None, :], acc)
+    words = _decisions(acc, first_row, first_latent, b_enc, threshold, batch, d_sae, half_window)
+    in_word = ones(words)
+    row = row + tl.zeros_like(words)
+    slot = tl.atomic_add(count + first_row + row, in_word, mask=words != 0, sem="relaxed")
+    place = tl.arange(0, latents // _WORD)[None, :] * _WORD
+    tl.debug_barrier()  # the scratch tile is read by other threads than wrote it
+    for _ in tl.range(0, tl.max(in_word), num_stages=1):
+        there = words != 0
+        column = place + ones((words & -words) - 1)  # of the lowest bit
+        latent = first_latent + column
+        pre = tl.load(scratch + row * latents + column, mask=there, other=0.0)
+        pre += tl.load(b_enc + latent, mask=there, other=0.0)
+        active = there & ~(pre <= tl.load(threshold + latent, mask=there, other=0.0))
+        word = (latent.to(tl.int64) << 32) | pre.to(tl.uint32, bitcast=True).to(tl.int64)
+        to = found + (first_row + row).to(tl.int64) * capacity + slot
+        tl.store(to, word, mask=there & (slot < capacity))
+        tl.atomic_add(l0 + first_row + row, 1, mask=active, sem="relaxed")
+        slot += 1
+        words &= words - 1
+    tl.debug_barrier()  # and not overwritten before all of them have read
 
 
 @no_type_check
 @triton.jit
 def _encode(
-    x, W_enc, b_enc, threshold, count, l0, found, batch, d_sae, capacity, half_window,
+    x, W_enc, b_enc, threshold, count, l0, found, scratch, batch, d_sae, capacity, half_window,
     D: tl.constexpr, ROWS: tl.constexpr, LATENTS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
-    HOPPER: tl.constexpr, RAGGED: tl.constexpr, INTERPRETED: tl.constexpr,
+    RAGGED: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     row_tiles = tl.cdiv(batch, ROWS)
     latent_tiles = tl.cdiv(d_sae, LATENTS)
@@ -302,14 +240,10 @@ def _encode(
         if RAGGED:
             # Silent even where the row holds NaN.
             acc = tl.where((first_latent + tl.arange(0, LATENTS) < d_sae)[None, :], acc, float("-inf"))
-        if HOPPER:
-            _append_in_place(
-                acc, first_row, first_latent, b_enc, threshold, count, l0, found, batch, d_sae, capacity, half_window
-            )
-        else:
-            _append(
-                acc, first_row, first_latent, b_enc, threshold, count, l0, found, batch, d_sae, capacity, half_window
-            )
+        _append(
+            acc, scratch + tl.program_id(0) * ROWS * LATENTS, first_row, first_latent, b_enc, threshold, count, l0,
+            found, batch, d_sae, capacity, half_window,
+        )  # fmt: skip
 
 
 @no_type_check
