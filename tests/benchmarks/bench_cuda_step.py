@@ -29,6 +29,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import cuda_arms as arms
+import cuda_check
 import stand_ins
 import torch
 from arms import RESULTS
@@ -48,6 +49,8 @@ class Plan:
         self.works = [Work(32, 128, 16, 8.0)] if smoke else [Work(2304, size, 4096, 80.0) for size in SIZES]
         self.rounds, self.times, self.warm = (1, 1, 2) if smoke else (7, 6, 12)
         self.profiled = 1 if smoke else 3
+        self.checked = {"d": 40, "d_sae": 300, "batch": 33} if smoke else {"d": 2304, "d_sae": 10_001, "batch": 1000}
+        self.run = {"updates": 8 if smoke else 200, "d": 64, "width": 256 if smoke else 4096, "batch": 256}
         self.ceilings = {"size": 64, "copied": 2**16} if smoke else {}
 
 
@@ -184,6 +187,9 @@ def measure(plan: Plan) -> dict:
     begin = time.perf_counter()
     ceilings = Ceilings.measured(plan.device, **plan.ceilings)
     found: dict = {"ceilings": ceilings._asdict(), "steps": [], "kernels": [], "encoder": [], "inference": []}
+    found["checks"] = cuda_check.kernel_rows(plan.device, **plan.checked)
+    found["runs"] = cuda_check.run_rows(plan.device, **plan.run)
+    print(f"checks: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
     for work in plan.works:
         steps, kernels = step_rows(plan, work, ceilings)
         found["steps"] += steps
@@ -260,6 +266,8 @@ def main() -> None:
         record |= {"environment": environment(plan.device), "measured": measure(plan)}
     file.write_text(json.dumps(record, indent=2) + "\n")
     file.with_suffix(".md").write_text(page(record))
+    if record["measured"] and not all(row["agrees"] for name in ("checks", "runs") for row in record["measured"][name]):
+        sys.exit("Some kernels disagree with their twins on this device: see the page's first tables.")
 
 
 if __name__ == "__main__":
