@@ -156,14 +156,14 @@ class _Update:
     def dense(self) -> Int[Tensor, "2"]:
         kernels, state = self.kernels, self.state
         assert self.threshold is not None
-        recons = torch.zeros_like(self.y)
+        recons = torch.empty_like(self.y)
         l0 = torch.zeros(len(self.x), dtype=torch.int32, device=self.x.device)
         width = self.sae.cfg.d_sae
         kept = len(self.x) * width * self._entry_bytes() <= KEPT_BYTES
         encoded: list[DenseActs] = []
-        for block in self._blocks():
+        for index, block in enumerate(self._blocks()):
             acts = self._encode_dense(block)
-            kernels.product(acts.acts, state.operand("W_dec")[block], out=recons, add=True)
+            kernels.product(acts.acts, state.operand("W_dec")[block], out=recons, add=index > 0)
             l0 += acts.l0
             if kept:
                 encoded.append(acts)
@@ -210,13 +210,10 @@ class _Update:
         return None if self.sae.W_skip is None else self.x @ self.sae.W_skip
 
     def _error(self, recons: Tensor) -> tuple[Tensor, Tensor]:
-        """`2 (y_hat - y) / rows` and each row's squared error, from what the latents write, which is overwritten."""
-        recons += self.sae.b_dec - self.y
-        skip = self._skip()
-        if skip is not None:
-            recons += skip
-        squared_error = recons.square().sum(1)
-        return recons.mul_(2 / self.rows).to(self.state.operands), squared_error
+        """`2 (y_hat - y) / rows` and each row's squared error, from what the latents write."""
+        return self.kernels.dense_residual(
+            recons, self.sae.b_dec, self.y, rows=self.rows, operands=self.state.operands, skip=self._skip()
+        )
 
     def _slope(self, l0: Tensor) -> Tensor:
         """`d sparsity / d L0` of each row."""

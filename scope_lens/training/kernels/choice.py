@@ -36,6 +36,6 @@ def _obstacle(device: torch.device) -> str | None:
             f"the dictionaries are on {device.type!r} and the kernels need CUDA ({found}). Pass device='cuda' on a "
             "machine with an NVIDIA GPU and PyTorch built for it"
         )
-    if find_spec("triton") is None:
-        return "Triton is not installed. Install it (pip install triton)"
+    if find_spec("triton") is None or find_spec("triton.tools.tensor_descriptor") is None:
+        return "Triton 3.4 or newer is not installed. Install a PyTorch for CUDA from 2.8 on, which brings it"
     return None

@@ -33,6 +33,7 @@ class Kernels(NamedTuple):
     update_rows: Callable[..., None]
     weight_gradients: Callable[..., Tensor]
     encode_dense: Callable[..., DenseActs]
+    dense_residual: Callable[..., tuple[Tensor, Tensor]]
     dense_gradients: Callable[..., tuple[Tensor, LatentSums]]
     product: Callable[..., Tensor]
 
