@@ -131,15 +131,15 @@ class _Update:
         if capacity is None:
             block = self._block(4)
             entries = topk_by_blocks(self.seen, W_enc, self.sae.b_enc, k=k, block=block, product=self.kernels.product)
-            missed = torch.zeros_like(floor, dtype=torch.bool)
+            missed = torch.zeros((), dtype=torch.bool, device=floor.device)
         else:
             entries = self.kernels.topk_encode(
                 self.seen, W_enc, self.sae.b_enc, k=k, floor=floor, capacity=max(capacity, k)
             )
             # Fewer candidates than k are all that matter where the floor is 0: what lies below becomes 0.
             missed = ((entries.count < k) & (floor > 0)).any() | (entries.count > max(capacity, k)).any()
-        smallest = entries.act.amin() * _FLOOR
-        floor.copy_(torch.where(missed | ~smallest.isfinite(), torch.zeros_like(floor), smallest))
+        smallest = self.ranks.smallest(torch.where(missed, 0.0, entries.act.amin())) * _FLOOR
+        floor.copy_(torch.where(smallest.isfinite(), smallest, 0.0))
         return entries, missed
 
     def _residual(self, entries: Entries) -> tuple[Tensor, Tensor, Tensor]:
