@@ -23,8 +23,8 @@ into what the table below says. The [memory of an update](memory.md) has been co
 STATIC = """\
 Registers are those of a thread; `stack` is what did not fit into them (0: nothing is spilled); `shared` is bytes of a
 block, of 232,448; `dots` counts tile products in the source, `wgmma` the full-rate tensor-core instructions in the
-PTX, `mma` those of half the rate, `inlined` the texts of inline PTX with a branch; `blocks` run at once on a
-multiprocessor, as registers and shared memory allow. A test holds that nothing is spilled.
+PTX, `mma` those of half the rate; `blocks` run at once on a multiprocessor, as registers and shared memory allow. A
+test holds that nothing is spilled.
 """
 
 CHECKS = """\
