@@ -120,6 +120,7 @@ def train(
     device: str | None = None,
     data_parallel: int = 1,
     latent_parallel: int = 1,
+    kernels: Literal["auto", "eager", "triton"] = "auto",
 ) -> None:
     """Train dictionaries on a store, one for each combination of what is named; the same command again goes on.
 
@@ -157,6 +158,7 @@ def train(
         device: E.g. cuda:1; a GPU where there is one.
         data_parallel: Processes that share the rows of each batch.
         latent_parallel: Processes that share the latents of each dictionary.
+        kernels: "triton" insists on the fused kernels, which need CUDA; "eager" leaves them out.
     """
     if not sparsity and preset in ("gemma_scope", "gemma_scope_it"):
         raise ValueError(f"--preset {preset} needs --sparsity.")
@@ -181,7 +183,9 @@ def train(
         text = _held_out(stories, model=model, dtype=model_dtype, device=device) if stories else None
         log = _logs(out, tensorboard=tensorboard, wandb=wandb) if is_first() else []
         if resume and checkpoints(out):
-            trainer = Trainer.resume(out, configs=configs, device=device, held_out=text, log=log, mesh=mesh)
+            trainer = Trainer.resume(
+                out, configs=configs, device=device, held_out=text, log=log, mesh=mesh, kernels=kernels
+            )
         else:
             trainer = Trainer(
                 configs,
@@ -195,6 +199,7 @@ def train(
                 report_every=report_every,
                 log=log,
                 mesh=mesh,
+                kernels=kernels,
             )
         try:
             for _ in trainer.run(opened):
