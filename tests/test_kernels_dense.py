@@ -197,3 +197,12 @@ def test_product(dtype, device):
 def test_product_adds_to_something():
     with pytest.raises(ValueError, match="product\\(add=True\\) has nothing to add to; pass out="):
         product(torch.ones(2, 2), torch.ones(2, 2), add=True)
+
+
+@pytest.mark.parametrize(("latents", "dtype", "bound"), [(192, torch.bfloat16, 2e-5), (101, torch.float32, 1e-6)])
+def test_rows_are_summed_with_coefficients_that_are_not_rounded(latents, dtype, bound):
+    weights, coefficient = torch.randn(latents, 24).to(dtype), torch.randn(latents)
+    expected = coefficient.double() @ weights.double()
+    found = dense.weighted_rows(weights, coefficient)
+    assert found.dtype == torch.float32
+    assert (found - expected).abs().max() < bound * expected.abs().max()

@@ -223,15 +223,10 @@ class _Update:
         return (l0 - term.target_l0) * (2 * term.coefficient * term.quadratic_factor / self.rows)
 
     def _encoder_part(self, W_enc: Tensor, d_pre: Tensor) -> Tensor:
-        """`W_enc @ d b_enc`, what the pre-encoder bias takes from the gradient of `b_dec`.
-
-        The vector is split in two parts of the operands' dtype, so that the weights are read as they are.
-        """
+        """`W_enc @ d b_enc`, what the pre-encoder bias takes from the gradient of `b_dec`."""
         if not self.sae.cfg.pre_encoder_bias:
             return torch.zeros(W_enc.shape[1], device=W_enc.device)
-        high = d_pre.to(W_enc.dtype)
-        low = (d_pre - high).to(W_enc.dtype)
-        return self.kernels.product(W_enc.T, torch.stack([high, low], 1)).sum(1)
+        return self.kernels.weighted_rows(W_enc, d_pre)
 
     def _update_rows(self, name: str, source: FromEntries | Tensor, latents: slice | None = None) -> None:
         self.kernels.update_rows(

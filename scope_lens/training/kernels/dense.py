@@ -19,6 +19,7 @@ those of `scope_lens.training.jumprelu_step`.
 Source: JumpReLU SAEs (arXiv 2407.14435), Gemma Scope (arXiv 2408.05147), section 2.2.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from torch import Tensor
 from scope_lens.training.kernels.sums import LatentSums
 
 WORD = 32  # rows whose decisions share an integer
+_STRETCHES = 64
 
 # cuBLAS multiplies bfloat16 and writes the float32 it has summed up in; torch has passed that on since 2.8.
 _MIXED_PRODUCT = "dtype_out" in torch.ops.aten.mm.overloads()
@@ -123,6 +125,26 @@ def dense_gradients(
         d_pre=d_pre.sum(0),
     )
     return d_pre.to(d_recons.dtype), sums
+
+
+def weighted_rows(weights: Float[Tensor, "block d"], coefficient: Float[Tensor, " block"]) -> Float[Tensor, " d"]:
+    """`coefficient @ weights` in float32: torch alone, for both sets of kernels.
+
+    The coefficients are split in two parts of the weights' dtype, so that the weights are read as they are. The sum
+    over the latents is cut into stretches: as one product it would be a single row of tiles, too few for a GPU.
+
+    Args:
+        weights: Rows of latents, bfloat16 or float32.
+        coefficient: One float32 number for each.
+    """
+    high = coefficient.to(weights.dtype)
+    low = (coefficient - high).to(weights.dtype)
+    stretches = math.gcd(len(weights), _STRETCHES)
+    columns = torch.stack([high, low]).view(2, stretches, -1).transpose(0, 1)
+    rows = weights.view(stretches, -1, weights.shape[1])
+    if weights.is_cuda and weights.dtype == torch.bfloat16 and _MIXED_PRODUCT:
+        return torch.bmm(columns, rows, torch.float32).sum((0, 1))
+    return (columns.float() @ rows.float()).sum((0, 1))
 
 
 def pack(mask: Bool[Tensor, "batch block"]) -> Int[Tensor, "word block"]:

@@ -29,10 +29,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from scope_lens.training.kernels.bits_triton import ones
-from scope_lens.training.kernels.dense import WORD, DenseActs, product
+from scope_lens.training.kernels.dense import WORD, DenseActs, product, weighted_rows
 from scope_lens.training.kernels.sums import LatentSums
 
-__all__ = ["dense_gradients", "dense_residual", "encode_dense", "product"]
+__all__ = ["dense_gradients", "dense_residual", "encode_dense", "product", "weighted_rows"]
 
 _WORD = tl.constexpr(WORD)
 _GROUP = tl.constexpr(8)  # tiles of latents that are worked on together

@@ -36,6 +36,7 @@ class Kernels(NamedTuple):
     dense_residual: Callable[..., tuple[Tensor, Tensor]]
     dense_gradients: Callable[..., tuple[Tensor, LatentSums]]
     product: Callable[..., Tensor]
+    weighted_rows: Callable[..., Tensor]
 
 
 def eager_kernels() -> Kernels:
