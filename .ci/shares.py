@@ -5,7 +5,7 @@ from collections import Counter
 from xml.etree import ElementTree as ET
 
 SHARES = {
-    "training": ("training", "demo"),
+    "training": ("training", "kernels", "bench_cuda", "demo"),
     "evaluation": ("evaluat",),
     "explore, figures, command line, notebooks": ("explore", "figures", "cli", "docs", "notebooks"),
 }

@@ -8,6 +8,9 @@ from scope_lens.training.export import measure_l0 as measure_l0
 from scope_lens.training.export import save_gemma_scope as save_gemma_scope
 from scope_lens.training.export import save_suite as save_suite
 from scope_lens.training.held_out import HeldOut as HeldOut
+from scope_lens.training.kernels.account import MemoryAccount as MemoryAccount
+from scope_lens.training.kernels.account import memory_account as memory_account
+from scope_lens.training.kernels.codec import SparseCodec as SparseCodec
 from scope_lens.training.log import TensorboardLog as TensorboardLog
 from scope_lens.training.log import WandbLog as WandbLog
 from scope_lens.training.log import read_log as read_log
