@@ -224,12 +224,10 @@ class HookedSAE(HookedRootModule):
         if not 0 < scale < float("inf"):
             raise ValueError(f"to_inference needs the positive, finite norm of the raw inputs; found scale={scale}.")
         folded = HookedSAE(dataclasses.replace(self.cfg, pre_encoder_bias=False)).to(self.device, self.dtype)
-        state = {name: tensor.clone() for name, tensor in self.state_dict().items()}
+        state = self.state_dict()
         if self.cfg.pre_encoder_bias:
-            state["b_enc"] -= self.b_dec @ self.W_enc
-        for name in ("b_enc", "b_dec", "threshold"):
-            if name in state:
-                state[name] *= scale
+            state["b_enc"] = self.b_enc - self.b_dec @ self.W_enc
+        state |= {name: scale * state[name] for name in ("b_enc", "b_dec", "threshold") if name in state}
         folded.load_state_dict(state)
         return folded
 

@@ -14,8 +14,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def learner(cfg, d, *, kernels=None, **settings):
-    widths = {"d_in": d, "d_out": d, "scale": 2.5, "model": "m"}
-    return Learner(cfg, **widths, device=DEVICE, kernels=kernels, **settings)
+    (x, _), *_ = batches(cfg, d, 1)
+    scale = float(x.square().sum(1).mean().sqrt())
+    return Learner(cfg, d_in=d, d_out=d, scale=scale, model="m", device=DEVICE, kernels=kernels, **settings)
 
 
 def batches(cfg, d, number):
@@ -46,9 +47,10 @@ def test_updates_equal_those_on_the_twins(kind):
     compare_states(ours.state(), twin.state(), cfg, rtol=2e-4, atol=2e-6)
 
 
-def follow(found, expected):
+def follow(found, expected, *, worst=1e-3):
     losses, others = (torch.tensor([parts.loss for parts in run]) for run in (found, expected))
-    torch.testing.assert_close(losses, others, rtol=1e-3, atol=0)
+    torch.testing.assert_close(losses, others, rtol=worst, atol=0)
+    assert (losses / others - 1).abs().mean() < 1e-3
     l0, other = (torch.tensor([parts.l0 for parts in run]) for run in (found, expected))
     torch.testing.assert_close(l0, other, rtol=1e-2, atol=0)
 
@@ -73,5 +75,5 @@ def test_a_run_in_bfloat16_follows_the_run_without_kernels(transcoder):
     )  # fmt: skip
     plain = learner(cfg, 512)
     ours = learner(cfg, 512, kernels=triton_kernels(), break_even=0.2)
-    follow(run(ours, cfg, 512, 200), run(plain, cfg, 512, 200))
+    follow(run(ours, cfg, 512, 200), run(plain, cfg, 512, 200), worst=5e-3)
     assert ours._fused._dispatch.choose(200).sparse

@@ -57,7 +57,7 @@ class Dispatcher:
     """
 
     def __init__(self, d_sae: int, *, lag: int, break_even: float = BREAK_EVEN) -> None:
-        self._lag = lag
+        self._lag, self._d_sae = lag, d_sae
         self._limit = break_even * d_sae
         self._widest = min(_MOST, d_sae)
         self._choice = Choice(sparse=False, capacity=self._widest)
@@ -85,12 +85,14 @@ class Dispatcher:
 
     def state(self) -> Float[Tensor, "entry 4"]:
         """Give what later choices depend on, as numbers."""
-        own = (self._dense_until, self._choice.capacity, 0.0, float(self._choice.sparse))
+        own = (self._dense_until, self._choice.capacity, self._d_sae, float(self._choice.sparse))
         return torch.tensor([own, *self._seen], dtype=torch.float64)
 
     def load_state(self, state: Float[Tensor, "entry 4"]) -> None:
-        """Take up what `state` gave."""
-        (until, capacity, _, sparse), *seen = state.tolist()
+        """Take up what `state` gave; nothing of it counts where it is of another number of latents, on other ranks."""
+        (until, capacity, d_sae, sparse), *seen = state.tolist()
+        if d_sae != self._d_sae:
+            return
         self._dense_until, self._choice = int(until), Choice(bool(sparse), int(capacity))
         self._seen = deque(_Seen(int(step), int(most), mean, bool(halted)) for step, most, mean, halted in seen)
 

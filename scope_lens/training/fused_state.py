@@ -84,7 +84,8 @@ class FusedState:
         made = tensors["adam.b_enc.step"]
         for name, adam in self.adam.items():
             catch_up(adam, step=int(made), beta2=self._cfg.betas[1])
-            first = torch.zeros_like(adam.second) if adam.first is None else adam.first
+            # Without momentum it would be the last gradient, which nothing reads: zeros that take no memory.
+            first = adam.second.new_zeros(()).expand_as(adam.second) if adam.first is None else adam.first
             tensors[f"adam.{name}.step"] = made.clone()  # safetensors refuses names that share memory
             for key, value in (("exp_avg", first), ("exp_avg_sq", adam.second)):
                 tensors[f"adam.{name}.{key}"] = value.T if name == "W_enc" else value
@@ -96,12 +97,13 @@ class FusedState:
         self.halted.zero_()
         self._copy_shadows()
         for name, adam in self.adam.items():
-            if f"adam.{name}.step" not in state:
-                continue
+            made = int(state.get(f"adam.{name}.step", 0))
+            adam.last.fill_(made)
             for own, key in ((adam.first, "exp_avg"), (adam.second, "exp_avg_sq")):
-                if own is not None:
+                if own is not None and made:
                     own.copy_(state[f"adam.{name}.{key}"].T if name == "W_enc" else state[f"adam.{name}.{key}"])
-            adam.last.fill_(int(state[f"adam.{name}.step"]))
+                elif own is not None:
+                    own.zero_()
         load_adam_state(self._vector_adam, self.vectors, state)
 
     def _copy_shadows(self) -> None:

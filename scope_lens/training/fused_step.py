@@ -3,7 +3,7 @@
 1. An update is launched by what the batches some updates back measured (`scope_lens.training.dispatch`).
 2. A row with more entries than there was room for halts the run on the device: from then on no kernel writes a weight.
 3. The host looks at an update's counts some updates later (`scope_lens.training.in_flight`). Where it was halted, it is
-   made again densely, and those behind it as they were.
+   made again densely, and so are those behind it.
 
 So every update is exact and none is lost, and the device never waits for the host.
 """
@@ -92,7 +92,8 @@ class FusedStep:
         state = FusedState(sae, cfg, extra=objective.parameters, operands=operands)
         floor = torch.zeros(1, device=sae.device)
         self._trained = Trained(sae, cfg, objective, state, last_fired, floor, kernels, ranks)
-        self._dispatch = Dispatcher(sae.cfg.d_sae, lag=LAG, break_even=break_even)
+        self._break_even = break_even
+        self._dispatch = self._new_dispatch()
         self._flying: deque[InFlight] = deque()
 
     def update(
@@ -127,9 +128,14 @@ class FusedStep:
         """Take up what `state`, or a learner without kernels, gave; the parameters have been set before."""
         self._flying.clear()
         self._trained.state.load(state)
+        self._dispatch = self._new_dispatch()
+        self._trained.floor.zero_()
         if _DISPATCH in state:
             self._dispatch.load_state(state[_DISPATCH])
             self._trained.floor.copy_(state[_FLOOR])
+
+    def _new_dispatch(self) -> Dispatcher:
+        return Dispatcher(self._trained.sae.cfg.d_sae, lag=LAG, break_even=self._break_even)
 
     def _launch(self, flight: InFlight) -> None:
         choice = self._dispatch.choose(flight.step)

@@ -91,6 +91,7 @@ class _Update:
         self.sae = trained.sae
         self.x, self.y = flight.batch
         self.rows = len(self.x) * self.ranks.n_data  # of the whole batch
+        # What the encoder sees; a dictionary with a skip term has no pre-encoder bias, so its skip term sees it too.
         seen = self.x - self.sae.b_dec if self.sae.cfg.pre_encoder_bias else self.x
         self.seen = seen.to(self.state.operands)
         self.threshold = trained.objective.threshold() if isinstance(trained.objective, JumpReLUObjective) else None
@@ -100,7 +101,7 @@ class _Update:
     # ---- sparse ----
 
     def sparse(self, capacity: int | None) -> Int[Tensor, "2"]:
-        entries, missed = self._entries(capacity)
+        entries, needed, missed = self._entries(capacity)
         self.state.halted |= self.ranks.largest_(missed.int())
         l0 = self.ranks.sum_over_latents_(entries.l0.float())
         d_recons, d_act, squared_error = self._residual(entries)
@@ -115,32 +116,42 @@ class _Update:
                 source = self.ranks.sum_over_rows_(gradient)
             self._update_rows(name, source)
         self._finish(sums, d_recons, encoder_part, l0, squared_error)
-        return self.ranks.largest_(torch.stack([entries.count.max(), entries.count.sum()]).long())
+        # A TopK row's candidates need room, but only k of them are worked on.
+        worked_on = needed.sum() if self.cfg.k is None else entries.l0.sum()
+        return self.ranks.largest_(torch.stack([needed.max(), worked_on]).long())
 
-    def _entries(self, capacity: int | None) -> tuple[Entries, Tensor]:
-        """The entries that matter, and whether a row has others that were left out."""
+    def _entries(self, capacity: int | None) -> tuple[Entries, Tensor, Tensor]:
+        """The entries that matter; each row's number of those that need room; whether some were left out."""
         W_enc, k = self.state.operand("W_enc"), self.cfg.k
         if self.threshold is not None:
             assert capacity is not None
             entries = self.kernels.encode(
                 self.seen, W_enc, self.sae.b_enc, self.threshold, half_window=self.half, capacity=capacity
             )
-            return entries, (entries.count > capacity).any()
+            return entries, entries.count, (entries.count > capacity).any()
         assert k is not None
         floor = self.trained.floor
         if capacity is None:
-            block = self._block(4)
-            entries = topk_by_blocks(self.seen, W_enc, self.sae.b_enc, k=k, block=block, product=self.kernels.product)
+            entries, candidates = topk_by_blocks(
+                self.seen,
+                W_enc,
+                self.sae.b_enc,
+                k=k,
+                floor=floor,
+                block=self._block(4),
+                product=self.kernels.product,
+            )
             missed = torch.zeros((), dtype=torch.bool, device=floor.device)
         else:
-            entries = self.kernels.topk_encode(
-                self.seen, W_enc, self.sae.b_enc, k=k, floor=floor, capacity=max(capacity, k)
-            )
+            room = max(capacity, k)
+            entries = self.kernels.topk_encode(self.seen, W_enc, self.sae.b_enc, k=k, floor=floor, capacity=room)
+            candidates = entries.count
             # Fewer candidates than k are all that matter where the floor is 0: what lies below becomes 0.
-            missed = ((entries.count < k) & (floor > 0)).any() | (entries.count > max(capacity, k)).any()
-        smallest = self.ranks.smallest(torch.where(missed, 0.0, entries.act.amin())) * _FLOOR
-        floor.copy_(torch.where(smallest.isfinite(), smallest, 0.0))
-        return entries, missed
+            missed = ((candidates < k) & (floor > 0)).any() | (candidates > room).any()
+        # Where a row was missed, the floor stays for what has been launched by now, which comes to nothing anyway.
+        smallest = self.ranks.smallest(torch.where(missed, torch.nan, entries.act.amin())) * _FLOOR
+        floor.copy_(torch.where(smallest.isfinite(), smallest, floor))
+        return entries, candidates, missed
 
     def _residual(self, entries: Entries) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of the reconstruction and of the latents at the entries, and each row's squared error."""
@@ -167,7 +178,6 @@ class _Update:
             l0 += acts.l0
             if kept:
                 encoded.append(acts)
-        counts = self.ranks.largest_(torch.stack([l0.max(), l0.sum()]).long())
         self.ranks.sum_over_latents_(recons)
         row_l0 = self.ranks.sum_over_latents_(l0.float())
         d_recons, squared_error = self._error(recons)
@@ -183,7 +193,7 @@ class _Update:
                 self._update_rows(name, self.ranks.sum_over_rows_(kernels.product(left.T, right)), latents=block)
         sums = LatentSums(*(torch.cat(parts) for parts in zip(*found, strict=True)))
         self._finish(sums, d_recons, encoder_part, row_l0, squared_error)
-        return counts
+        return self.ranks.largest_(_estimate(l0, sums))
 
     def _encode_dense(self, block: slice) -> DenseActs:
         assert self.threshold is not None
@@ -207,7 +217,9 @@ class _Update:
     # ---- both ----
 
     def _skip(self) -> Tensor | None:
-        return None if self.sae.W_skip is None else self.x @ self.sae.W_skip
+        if self.sae.W_skip is None:
+            return None
+        return self.kernels.product(self.seen, self.sae.W_skip.to(self.state.operands))
 
     def _error(self, recons: Tensor) -> tuple[Tensor, Tensor]:
         """`2 (y_hat - y) / rows` and each row's squared error, from what the latents write."""
@@ -255,8 +267,7 @@ class _Update:
             d_b_dec -= ranks.sum_over_latents_(encoder_part)
         vectors["b_dec"].grad = ranks.sum_over_rows_(d_b_dec)
         if sae.W_skip is not None:
-            x = self.x.to(self.state.operands)
-            vectors["W_skip"].grad = ranks.sum_over_rows_(self.kernels.product(x.T, d_recons))
+            vectors["W_skip"].grad = ranks.sum_over_rows_(self.kernels.product(self.seen.T, d_recons))
         frequency = sums.fired / self.rows
         if self.threshold is not None:
             vectors["theta"].grad = self._d_theta(sums, frequency)
@@ -278,3 +289,14 @@ class _Update:
         slope = self.threshold * sums.d_act_inside + sums.slope + price * sums.inside
         gradient = slope / -self.cfg.bandwidth
         return gradient * self.threshold if self.cfg.threshold == "log" else gradient
+
+
+def _estimate(l0: Tensor, sums: LatentSums) -> Tensor:
+    """The two counts of a dense update, which counts active latents by rows and the window by latents alone.
+
+    Half of what is inside the window is active. The fullest row is taken to have its share of the window, all of which
+    might be silent.
+    """
+    active, inside = sums.fired.sum(), sums.inside.sum()
+    most = (l0.max() * (1 + inside / active.clamp(min=1))).clamp(max=len(sums.fired))
+    return torch.stack([most.ceil(), active + inside / 2]).long()

@@ -228,8 +228,9 @@ def objective_for(sae: HookedSAE, cfg: TrainConfig, ranks: Ranks = ALONE) -> Obj
 
 
 def _as_jumprelu(sae: HookedSAE, changed: dict[str, Tensor]) -> HookedSAE:
-    """A JumpReLU dictionary with the weights of `sae`, some of them replaced."""
+    """A JumpReLU dictionary that shares the weights of `sae`, but for those that are replaced."""
     cfg = dataclasses.replace(sae.cfg, activation="jumprelu", k=None)
-    copy = HookedSAE(cfg).to(sae.device, sae.dtype)
-    copy.load_state_dict({**sae.state_dict(), **changed})
-    return copy
+    with torch.device("meta"):
+        shared = HookedSAE(cfg)
+    shared.load_state_dict({**sae.state_dict(), **changed}, assign=True)
+    return shared

@@ -70,7 +70,8 @@ class Readings:
         if not self._noted:
             return {}
         noted, self._noted = self._noted, []
-        for learner in {update.learner for update in noted}:
+        # In the order of the dictionaries: on several ranks, what is made again is made together.
+        for learner in dict.fromkeys(update.learner for update in noted):
             learner.settle()
         found: dict[int, Reading] = {}
         numbers = torch.stack([torch.stack(update.numbers) for update in noted])

@@ -27,7 +27,8 @@ import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ from scope_lens.training.evaluations import Evaluations
 from scope_lens.training.fused_step import kernels_for
 from scope_lens.training.held_out import HeldOut
 from scope_lens.training.interrupts import Interrupts
-from scope_lens.training.kernels.choice import NO_CUDA, KernelChoice, resolve
+from scope_lens.training.kernels.choice import KernelChoice, obstacle
 from scope_lens.training.learner import Learner, check_divides
 from scope_lens.training.log import LOG_NAME, JsonLog, Log
 from scope_lens.training.progress import show
@@ -119,11 +120,16 @@ class Trainer:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 1 or more.")
         self.names = tuple(config_name(index, cfg) for index, cfg in enumerate(self.configs))
         self.device = self._ranks.device(device)
-        self._kernels = kernels_for(kernels, self.device, self.configs, self._ranks)
+        with self._ranks.agreement.together():
+            self._kernels = kernels_for(kernels, self.device, self.configs, self._ranks)
+        self._without_kernels = obstacle(self.device) if kernels == "auto" else None
         self.log = tuple(log)
         self.folder = None if folder is None else Path(folder)
         self._ranks.agreement.refuse_differences(
-            configs=[asdict(cfg) for cfg in self.configs], settings=self._settings(), folder=str(self.folder)
+            configs=[asdict(cfg) for cfg in self.configs],
+            settings=self._settings(),
+            folder=str(self.folder),
+            kernels=self._kernels and self._kernels.name,
         )
         for cfg in self.configs:
             check_divides(cfg, self._ranks)
@@ -184,10 +190,11 @@ class Trainer:
             ValueError: The checkpoint is damaged, the run is of other configs, or the kernels cannot run here.
         """
         folder, ranks = Path(folder), Ranks(mesh)
-        resolve(kernels, ranks.device(device))
         path, header, _ = checkpoint = read_checkpoint(folder, step=step, ranks=ranks)
-        try:
+        with _state_of(path):
             kept = [config_of(fields) for fields in header["configs"]]
+        kernels_for(kernels, ranks.device(device), kept, ranks)
+        with _state_of(path):
             trainer = cls(
                 kept, device=device, held_out=held_out, log=log, mesh=mesh, kernels=kernels, **header["settings"]
             )
@@ -201,11 +208,6 @@ class Trainer:
             trainer._store_identity, trainer._evaluations.identity = header["store"], header["held_out"]
             trainer.step = trainer._saved_step = header["step"]
             trainer._log_size = header["log_size"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path} is whole but is no state of a run that this version can take up ({type(error).__name__}: "
-                f"{error}). Resume it with the version that wrote it, or train anew."
-            ) from None
         if configs is not None:
             _refuse_others(folder, kept, [configs] if isinstance(configs, TrainConfig) else configs)
         trainer.folder = folder
@@ -250,8 +252,7 @@ class Trainer:
             self._checkpoint, self._interrupted, agree=None if self._ranks.alone else agreement.largest
         )
         hidden = not (progress and self._ranks.first)
-        if self.device.type != "cuda" and not hidden:
-            tqdm.write(NO_CUDA, file=sys.stderr)
+        self._say_once_without_kernels()
         with (
             interrupts.handled(),
             tqdm(total=total, initial=self.step, desc=label, unit="step", disable=hidden) as bar,
@@ -288,6 +289,12 @@ class Trainer:
         if not self._learners:
             raise ValueError("Nothing is trained yet: iterate over Trainer.run(store) first.")
         return [learner.result() for learner in self._learners]
+
+    def _say_once_without_kernels(self) -> None:
+        if self._without_kernels is not None and self._ranks.first:
+            why, _ = self._without_kernels
+            tqdm.write(f"Training runs on torch's own operations, without the fused kernels: {why}.", file=sys.stderr)
+        self._without_kernels = None
 
     def _begin(self, store: ActivationStore) -> None:
         """Check that this store fits the run, and make what the first call of `run` lacks."""
@@ -421,6 +428,18 @@ class Trainer:
     def _interrupted(self) -> str:
         text = f"interrupted after step {self.step}"
         return text if self.folder is None else f"{text}; Trainer.resume({str(self.folder)!r}) goes on from there"
+
+
+@contextmanager
+def _state_of(path: Path) -> Generator[None]:
+    """Turn what goes wrong with the state in a checkpoint into an error that says so."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is whole but is no state of a run that this version can take up ({type(error).__name__}: "
+            f"{error}). Resume it with the version that wrote it, or train anew."
+        ) from None
 
 
 def _refuse_others(folder: Path, kept: Sequence[TrainConfig], asked: Sequence[TrainConfig]) -> None:

@@ -34,7 +34,8 @@ NOTES = f"""\
 d_in = d_out = {D}, batch {BATCH}, {CAPACITY} entries a row, bfloat16 operands, Adam with beta1 = 0. GiB, the raw batch
 not counted. `account` is `memory_account(...).peak`; `counted` are the tensors alive at the worst moment of an update
 that ran on torch's meta device, where they have sizes and no memory. Neither counts the scratch space of sorts and
-products, the allocator's rounding, or the kernels' code: some hundred MiB. **A peak measured on a GPU is still open.**
+products, the allocator's rounding, or the kernels' code: some hundred MiB. A checkpoint, an evaluation on held-out text
+and `Trainer.result()` have a copy of the weights beside what is held. **A peak measured on a GPU is still open.**
 
 Goal at 65k: 4 GiB beside the activations. One H200 has {CARD} GiB: a million latents take a third of it.
 """

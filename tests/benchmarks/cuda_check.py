@@ -124,11 +124,13 @@ class _Case:
             "weight_gradients": lambda set_: set_.weight_gradients(source, len(weight)),
             "update_rows, from entries": lambda set_: self._updated(set_, source),
             "update_rows, from a gradient": lambda set_: self._updated(set_, self.master.flip(0) + 0.1),
-            "encode_dense": lambda set_: set_.encode_dense(
-                self.x, weight, self.bias, threshold, half_window=half
-            ).acts,
+            # By how far a latent exceeds its threshold: at the last bit the two may decide apart.
+            "encode_dense": lambda set_: (
+                set_.encode_dense(self.x, weight, self.bias, threshold, half_window=half).acts.float() - threshold
+            ).clamp(min=0),
             "dense_gradients": lambda set_: set_.dense_gradients(residual.d_recons, weight, acts, self.slope),
             "product": lambda set_: set_.product(self.x, weight.T),
+            "weighted_rows": lambda set_: set_.weighted_rows(weight, self.bias),
         }  # fmt: skip
 
     def _exactly(self, entries) -> Tensor:
@@ -138,8 +140,7 @@ class _Case:
         """
         out = torch.zeros(len(entries.latent), len(self.weight) + 1, device=entries.pre.device)
         out.scatter_(1, entries.latent.long(), entries.pre)
-        near = self.threshold[0] - self.half
-        return torch.where(out[:, :-1].abs() > near * 1.0001, out[:, :-1], 0.0)
+        return (out[:, :-1] - (self.threshold[0] - self.half)).clamp(min=0)
 
     def _updated(self, set_, gradient) -> tuple[Tensor, Tensor, Tensor]:
         from scope_lens.training.kernels.update import RowAdam

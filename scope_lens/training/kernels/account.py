@@ -54,14 +54,15 @@ def memory_account(
 ) -> MemoryAccount:
     """Add up what training a JumpReLU dictionary on the kernels takes on its device.
 
-    The raw batch is the caller's and left out, as are the scratch space of sorts and products and what the allocator
-    and the kernels' code take.
+    Of one update: a checkpoint, an evaluation or `Trainer.result` has a copy of the weights beside what is held. The raw
+    batch is the caller's and left out, as are the scratch space of sorts and products and what the allocator and the
+    kernels' code take. Ranks that share the rows of a batch have a whole float32 gradient of each weight in turn, too.
 
     Args:
         d_in: Width of the encoder's input.
-        d_sae: Number of latents, or those of one rank.
+        d_sae: Number of latents, or those of one rank that shares them.
         d_out: Width of the target; None means an autoencoder.
-        batch_size: Rows of an update, or those of one rank.
+        batch_size: Rows of an update.
         capacity: Room for entries in a row.
         operands: dtype of what is multiplied.
         momentum: Whether Adam's beta1 is above 0.

@@ -7,8 +7,6 @@ import torch
 
 KernelChoice = Literal["auto", "eager", "triton"]
 
-NO_CUDA = "No CUDA device here: training runs on torch's own operations, without the fused kernels."
-
 
 def resolve(choice: str, device: torch.device) -> Literal["eager", "triton"]:
     """Say which kernels a run on `device` takes.
@@ -22,20 +20,23 @@ def resolve(choice: str, device: torch.device) -> Literal["eager", "triton"]:
     """
     if choice not in get_args(KernelChoice):
         raise ValueError(f"kernels={choice!r} is unknown; expected {', '.join(map(repr, get_args(KernelChoice)))}.")
-    obstacle = _obstacle(device)
-    if choice == "triton" and obstacle:
-        raise ValueError(f"kernels='triton' cannot run here: {obstacle}, or pass kernels='auto'.")
-    return "eager" if choice == "eager" or obstacle else "triton"
+    found = obstacle(device)
+    if choice == "triton" and found:
+        raise ValueError(f"kernels='triton' cannot run here: {found[0]}. {found[1]}, or pass kernels='auto'.")
+    return "eager" if choice == "eager" or found else "triton"
 
 
-def _obstacle(device: torch.device) -> str | None:
-    """What stands in the way of Triton's kernels, with the remedy; None where nothing does."""
+def obstacle(device: torch.device) -> tuple[str, str] | None:
+    """Say what stands in the way of Triton's kernels, and the remedy; None where nothing does."""
     if device.type != "cuda":
         found = "there is a CUDA device" if torch.cuda.is_available() else "torch finds no CUDA device"
         return (
-            f"the dictionaries are on {device.type!r} and the kernels need CUDA ({found}). Pass device='cuda' on a "
-            "machine with an NVIDIA GPU and PyTorch built for it"
+            f"the dictionaries are on {device.type!r} and the kernels need CUDA ({found})",
+            "Pass device='cuda' on a machine with an NVIDIA GPU and PyTorch built for it",
         )
     if find_spec("triton") is None or find_spec("triton.tools.tensor_descriptor") is None:
-        return "Triton 3.4 or newer is not installed. Install a PyTorch for CUDA from 2.8 on, which brings it"
+        return (
+            "Triton 3.4 or newer is not installed",
+            "Install a PyTorch for CUDA from 2.8 on, which brings it",
+        )
     return None

@@ -86,7 +86,9 @@ class SparseCodec:
         if cfg.pre_encoder_bias:
             rows = rows - self.sae.b_dec
         rows = rows.to(self._W_enc.dtype)
-        return self._encode(rows) if cfg.k is None else self._encode_topk(rows, cfg.k)
+        # Triton launches on the current device, whichever device its arguments are on.
+        with torch.cuda.device_of(rows):
+            return self._encode(rows) if cfg.k is None else self._encode_topk(rows, cfg.k)
 
     @torch.no_grad()
     def decode(self, entries: Entries, x: Float[Tensor, "*batch d_in"] | None = None) -> Float[Tensor, "rows d_out"]:
@@ -99,7 +101,8 @@ class SparseCodec:
         Raises:
             ValueError: The dictionary has a skip term and `x` is missing.
         """
-        recons = self._kernels.decode(entries, self._W_dec, self._b_dec).to(self.sae.dtype)
+        with torch.cuda.device_of(self._W_dec):
+            recons = self._kernels.decode(entries, self._W_dec, self._b_dec).to(self.sae.dtype)
         W_skip = self.sae.W_skip
         if W_skip is None:
             return recons

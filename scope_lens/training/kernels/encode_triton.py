@@ -5,9 +5,8 @@ At 65,536 latents this product is four fifths of what a training step has to do,
 1. Tiles of 128 rows by 256 latents, the largest whose accumulators two warp groups can hold (128 registers a thread).
    The tile reads 48 KB for 1,024 cycles of tensor core work; half of the tile would ask more of the L2 cache than it
    gives. The operands come through tensor descriptors (the bulk copy engine), four steps of 64 ahead.
-2. One program a multiprocessor takes tile after tile in one flat loop, so that the next tile's operands are on their
-   way during the epilogue. Neighbours in time share 16 row tiles (9 MB at d 2304) and a few latent tiles: x stays in
-   the L2 cache, and the weights are read once for every 2,048 rows.
+2. One program a multiprocessor takes tile after tile. Neighbours in time share 16 row tiles (9 MB at d 2304) and a few
+   latent tiles: x stays in the L2 cache, and the weights are read once for every 2,048 rows.
 3. The epilogue writes the accumulators to a scratch tile that stays in the L2 cache, and packs the decisions on them
    into words of 32 latents. Few bits are set, and from there on only they matter: each takes a slot of its row, by an
    atomic add on the row's count, and is stored as one word, the latent above the bits of its `pre`, which is read back.
@@ -16,8 +15,8 @@ At 65,536 latents this product is four fifths of what a training step has to do,
 4. A second kernel brings each row's words into the order of the latents, by counting for each how many are smaller:
    the same bits on every run, in whatever order the tiles reserved their slots.
 
-A count goes on beyond the capacity while nothing is stored there, so a batch with half of its latents active costs a
-few million more atomic adds and is otherwise as fast as any.
+A count goes on beyond the capacity while nothing is stored there, so a batch with half of its latents active ends too,
+though slowly: every active latent is counted.
 """
 
 from typing import NamedTuple, no_type_check
@@ -223,7 +222,7 @@ def _encode(
 ):  # fmt: skip
     row_tiles = tl.cdiv(batch, ROWS)
     latent_tiles = tl.cdiv(d_sae, LATENTS)
-    for tile in tl.range(tl.program_id(0), row_tiles * latent_tiles, tl.num_programs(0), flatten=True):
+    for tile in range(tl.program_id(0), row_tiles * latent_tiles, tl.num_programs(0)):
         group = tile // (GROUP * latent_tiles)
         in_group = tl.minimum(row_tiles - group * GROUP, GROUP)
         place = tile - group * GROUP * latent_tiles

@@ -149,8 +149,9 @@ def catch_up(state: RowAdam, step: int, beta2: float) -> None:
         step: Updates made.
         beta2: Decay of the second moment.
     """
-    decay = torch.exp2((step - state.last).double() * log2_decay(beta2)).to(state.second.dtype)
-    state.second.mul_(decay[:, None])
+    missed = (step - state.last).double()
+    decay = torch.where(missed == 0, 1.0, torch.exp2(missed * log2_decay(beta2)))  # 0 * log2(0) is no number
+    state.second.mul_(decay.to(state.second.dtype)[:, None])
     state.last.fill_(step)
 
 

@@ -133,7 +133,9 @@ def _update(
     w_rest = tl.load(weight + at + rest, mask=inside, other=0.0, eviction_policy="evict_first")
     v_head = tl.load(second + at + head, eviction_policy="evict_first")
     v_rest = tl.load(second + at + rest, mask=inside, other=0.0, eviction_policy="evict_first")
-    decay = tl.exp2((step - tl.load(last + latent)).to(tl.float32) * log2_decay)
+    missed = step - tl.load(last + latent)
+    # The fast power is off by a few roundings, which would add up in a latent that is touched every time.
+    decay = tl.where(missed == 1, 1.0 - new_second, tl.exp2(missed.to(tl.float32) * log2_decay))
     if slot is not None:
         g_head, g_rest = _sum(slot, coefficient, rows, partial, begin, end, head, rest, CAPACITY, D, PER_CHUNK, AT_ONCE)
     else:
