@@ -35,7 +35,7 @@ def test_a_smoke_run_fills_every_table(tmp_path, page):
     assert {row["kernel"] for row in measured["encoder"]} == {"product", "encode"}
     assert len(measured["inference"]) == 3
     assert measured["kernels"]
-    assert len(measured["checks"]) == 24
+    assert len(measured["checks"]) == 26
     assert all(row["agrees"] for name in ("checks", "runs") for row in measured[name])
     text = (tmp_path / "cuda_step.md").read_text()
     assert text == page(record)

@@ -10,6 +10,8 @@ from scope_lens.training.fused_step import kernels_for
 from scope_lens.training.fused_update import launch
 from scope_lens.training.kernels.kernel_set import eager_kernels
 from scope_lens.training.learner import Learner
+from scope_lens.training.readings import Readings
+from scope_lens.training.shared_rows import Batch
 
 SITE = "blocks.1.hook_resid_post"
 D, WIDTH, ROWS = 12, 96, 64
@@ -311,3 +313,22 @@ def test_a_run_that_has_gone_over_stays_sparse_and_overflows_rarely(changes, mon
     assert len(sparse) > 18, "it does not go over"
     assert again <= 6, "updates are made again and again"
     assert sparse[-8:] == list(range(22, 30)), "it goes to and fro"
+
+
+def test_readings_settle_the_dictionaries_in_their_order():
+    """On several ranks an update that is made again is made by all together, so the order is the same on each."""
+    settled = []
+
+    class Noting(Learner):
+        def settle(self):
+            settled.append(self)
+
+    cfg = KINDS["as published"]
+    learners = [Noting(cfg, d_in=D, d_out=D, scale=2.5, model="m") for _ in range(12)]
+    learners = learners[::2] + learners[1::2]  # not by their addresses
+    readings, ((x, _),) = Readings(tuple("abcdefghijkl")), batches(cfg, 1)
+    for _ in range(2):
+        for index, one in enumerate(learners):
+            readings.note(index, one, one.update(x, x), Batch({SITE: x}))
+    readings.read(remedy="")
+    assert settled == learners

@@ -113,7 +113,7 @@ def train(
     evaluate_every: int = 1_000,
     checkpoint_every: int = 1_000,
     keep: int = 3,
-    report_every: int = 1,
+    report_every: int | None = None,
     resume: bool = True,
     tensorboard: bool = False,
     wandb: str | None = None,
@@ -151,7 +151,7 @@ def train(
         evaluate_every: Updates between evaluations.
         checkpoint_every: Updates between checkpoints.
         keep: Checkpoints that stay.
-        report_every: Updates between lines of the log.
+        report_every: Updates between lines of the log; 1, and 50 on a GPU.
         resume: Go on with the run that the folder holds; otherwise one that is there is refused.
         tensorboard: Write the log for TensorBoard too.
         wandb: Project of Weights & Biases to log to.

@@ -79,7 +79,7 @@ class Trainer:
         device: Where the dictionaries are; None takes the mesh's device, or a GPU where there is one.
         held_out: Text to evaluate on; None evaluates nothing. On several ranks only the first one's counts.
         evaluate_every: Updates between evaluations; a dictionary's last update is evaluated too.
-        report_every: Updates between results. On a GPU each result waits for the device, so a larger number is faster.
+        report_every: Updates between results; None takes 1, and 50 on a GPU, where each result waits for the device.
         log: Called with each result, e.g. `TensorboardLog(folder)`; on several ranks, by the first one.
         mesh: The processes that train together, with the dimensions "data" and "latent"; None is this one alone.
             Every process makes a Trainer then, with the same arguments.
@@ -104,22 +104,24 @@ class Trainer:
         device: str | torch.device | None = None,
         held_out: HeldOut | None = None,
         evaluate_every: int = 1_000,
-        report_every: int = 1,
+        report_every: int | None = None,
         log: Sequence[Log] = (),
         mesh: DeviceMesh | None = None,
         kernels: KernelChoice = "auto",
     ) -> None:
         self._ranks = Ranks(mesh)
+        self.device = self._ranks.device(device)
         self.configs = (configs,) if isinstance(configs, TrainConfig) else tuple(configs)
         if not self.configs:
             raise ValueError("A Trainer needs at least one TrainConfig; found none.")
-        self.checkpoint_every, self.evaluate_every, self.report_every = checkpoint_every, evaluate_every, report_every
+        self.checkpoint_every, self.evaluate_every = checkpoint_every, evaluate_every
+        usual = 50 if self.device.type == "cuda" else 1
+        self.report_every = usual if report_every is None else report_every
         self.keep, self.seed = keep, seed
         for name in ("checkpoint_every", "keep", "evaluate_every", "report_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 1 or more.")
         self.names = tuple(config_name(index, cfg) for index, cfg in enumerate(self.configs))
-        self.device = self._ranks.device(device)
         with self._ranks.agreement.together():
             self._kernels = kernels_for(kernels, self.device, self.configs, self._ranks)
         self._without_kernels = obstacle(self.device) if kernels == "auto" else None
@@ -234,7 +236,7 @@ class Trainer:
             progress: Whether a progress bar is shown.
 
         Yields:
-            A result for each dictionary at each step, or every `report_every` steps.
+            A result for each dictionary, every `report_every` steps.
 
         Raises:
             KeyError: The store lacks a site.

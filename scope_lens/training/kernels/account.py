@@ -54,9 +54,10 @@ def memory_account(
 ) -> MemoryAccount:
     """Add up what training a JumpReLU dictionary on the kernels takes on its device.
 
-    Of one update: a checkpoint, an evaluation or `Trainer.result` has a copy of the weights beside what is held. The raw
-    batch is the caller's and left out, as are the scratch space of sorts and products and what the allocator and the
-    kernels' code take. Ranks that share the rows of a batch have a whole float32 gradient of each weight in turn, too.
+    This is for one update: a checkpoint, an evaluation or `Trainer.result` has a copy of the weights beside what is
+    held. The raw batch is the caller's and left out, as are the scratch space of sorts and products and what the
+    allocator and the kernels' code take. Ranks that share the rows of a batch have a whole float32 gradient of each
+    weight in turn, too.
 
     Args:
         d_in: Width of the encoder's input.
