@@ -15,6 +15,7 @@ import sys
 import traceback
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -38,6 +39,7 @@ with install_import_hook(CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(
         agreement,
         checkpoint,
         checkpoints,
+        dispatch,
         jumprelu_step,
         learner,
         sharded_checkpoint,
@@ -47,6 +49,8 @@ with install_import_hook(CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(
     from scope_lens.training.kernels.kernel_set import eager_kernels
     from scope_lens.training.learner import Learner
     from scope_lens.training.ranks import ALONE, Ranks
+    from scope_lens.training.readings import Readings
+    from scope_lens.training.shared_rows import Batch
 
 FOLDER = Path(sys.argv[1]) if __name__ == "__main__" else Path()
 SHAPES = ((2, 1), (1, 2), (2, 2))
@@ -93,7 +97,7 @@ def main():
     # Several chunks of a few rows, of which some are taken sparsely and others densely; ranks that differ wait briefly.
     jumprelu_step._CHUNK_ROWS, jumprelu_step._CHUNK_ENTRIES = 5, 1
     agreement._AT_ONCE = agreement.timedelta(seconds=1)
-    report = {"alone": learners(ALONE), "run alone": run(None, FOLDER / "alone")}
+    report = {"alone": learners(ALONE), "made again": made_again(ALONE), "run alone": run(None, FOLDER / "alone")}
     for shape in SHAPES:
         report[shape] = group(shape, several)
     report |= {
@@ -189,9 +193,41 @@ def learnt(cfg, ranks, **kernels):
     }
 
 
+def made_again(ranks):
+    """Losses of two dictionaries whose updates are halted, and made again when a report is due; launches of each."""
+    eager, launches = eager_kernels(), []
+
+    def counting(index, encode):
+        def counted(*args, **settings):
+            launches[index] += 1
+            return encode(*args, **settings)
+
+        return counted
+
+    two, readings, own = [], Readings(("narrow", "wide"), ranks=ranks), ranks.rows(16)
+    for index, width in enumerate((32, 64)):
+        launches.append(0)
+        cfg = dataclasses.replace(CFG, width=width, threshold_init=0.8)
+        kernels = eager._replace(**{n: counting(index, getattr(eager, n)) for n in ("encode", "encode_dense")})
+        settings = {"kernels": kernels, "operands": torch.float32, "break_even": 10.0}
+        two.append(Learner(cfg, d_in=8, d_out=8, scale=2.0, model="m", ranks=ranks, **settings))
+    generator = torch.Generator().manual_seed(4)
+    losses = []
+    with mock.patch.object(dispatch, "_LEAST", 2):
+        for step in range(12):
+            x = (12 if step in (6, 7) else 1) * torch.randn(16, 8, generator=generator)[own]
+            for index, learner in enumerate(two):
+                readings.note(index, learner, learner.update(x, x), Batch({A: x}, ranks=ranks))
+            if step % 4 == 3:
+                losses.append([reading.loss for reading in readings.read(remedy="").values()])
+    states = [{name: ranks.whole(name, t) for name, t in one.state().items() if "fused" not in name} for one in two]
+    return {"losses": losses, "states": states, "launches": launches}
+
+
 def several(mesh):
     name = "x".join(map(str, mesh.shape))
-    return {"learners": learners(Ranks(mesh)), "run": run(mesh, FOLDER / name)}
+    ranks = Ranks(mesh)
+    return {"learners": learners(ranks), "made again": made_again(ranks), "run": run(mesh, FOLDER / name)}
 
 
 def rows(seed=0, n=100):

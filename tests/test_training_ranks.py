@@ -79,6 +79,16 @@ def test_the_twins_of_the_kernels_train_as_the_step_on_the_cpu(found, kind):
     assert ((ours["losses"] - theirs["losses"]).abs() <= CLOSE * theirs["losses"].abs()).all()
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_halted_updates_of_two_dictionaries_are_made_again_together(found, shape):
+    alone = found["made again"]
+    assert min(alone["launches"]) > 12  # some updates twice
+    for rank in found[shape]:
+        ours = rank["made again"]
+        assert torch.tensor(ours["losses"]).allclose(torch.tensor(alone["losses"]), rtol=CLOSE, atol=0)
+        assert max(apart(*states) for states in zip(ours["states"], alone["states"], strict=True)) < CLOSE
+
+
 def test_latents_die_on_one_shard_alone(found):
     """The material has dead latents, so that what is said about them is not empty."""
     alone = found["alone"]["topk, few revived"]["state"]

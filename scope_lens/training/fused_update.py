@@ -183,7 +183,7 @@ class _Update:
         d_recons, squared_error = self._error(recons)
         slope = self._slope(row_l0)
         found: list[LatentSums] = []
-        encoder_part = torch.zeros_like(self.sae.b_enc[:1]).expand(self.x.shape[1]).clone()
+        encoder_part = torch.zeros(self.x.shape[1], device=self.x.device)
         for index, block in enumerate(self._blocks()):
             acts = encoded[index] if kept else self._encode_dense(block)
             d_pre, sums = kernels.dense_gradients(d_recons, state.operand("W_dec")[block], acts, slope)
