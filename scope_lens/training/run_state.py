@@ -1,12 +1,14 @@
 """What a checkpoint holds of a run: its dictionaries with their optimisers, its readers, and what describes it."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from scope_lens.training.checkpoint import Checkpoint
+from scope_lens.training.checkpoint import Checkpoint, differences
 from scope_lens.training.config import TrainConfig
 from scope_lens.training.kernels.kernel_set import Kernels
 from scope_lens.training.learner import Learner
@@ -79,6 +81,40 @@ def learners_of(
         learner.load_state(checkpoint.below(f"learner.{index}."))
         learners.append(learner)
     return learners
+
+
+@contextmanager
+def state_of(path: Path) -> Generator[None]:
+    """Turn what goes wrong with the state in a checkpoint into an error that says so.
+
+    Args:
+        path: The checkpoint.
+
+    Raises:
+        ValueError: The state is not one that this version knows.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is whole but is no state of a run that this version can take up ({type(error).__name__}: "
+            f"{error}). Resume it with the version that wrote it, or train anew."
+        ) from None
+
+
+def refuse_others(folder: Path, *, kept: Sequence[TrainConfig], asked: Sequence[TrainConfig]) -> None:
+    """Compare the configs of the run in a folder with those asked for.
+
+    Args:
+        folder: Of the run.
+        kept: Its configs.
+        asked: Of the call.
+
+    Raises:
+        ValueError: They differ; the message says in what.
+    """
+    if found := differences(kept, asked):
+        raise ValueError(f"{folder} holds a run of other configs: {found}. Give the same, or choose another folder.")
 
 
 def _all_finite(tensor: Tensor) -> bool:

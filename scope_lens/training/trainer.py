@@ -27,8 +27,7 @@ import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,6 @@ from scope_lens.sae import HookedSAE
 from scope_lens.training.checkpoint import (
     checkpoints,
     config_of,
-    differences,
     read_checkpoint,
     remove_newer,
     write_checkpoint,
@@ -59,7 +57,7 @@ from scope_lens.training.log import LOG_NAME, JsonLog, Log
 from scope_lens.training.progress import show
 from scope_lens.training.ranks import Ranks
 from scope_lens.training.readings import Reading, Readings
-from scope_lens.training.run_state import learner_shapes, learners_of, run_tensors
+from scope_lens.training.run_state import learner_shapes, learners_of, refuse_others, run_tensors, state_of
 from scope_lens.training.shared_rows import Group, groups_of, identity_of, refuse_another
 from scope_lens.training.step_result import StepResult, config_name
 from scope_lens.training.store import ActivationStore
@@ -137,7 +135,7 @@ class Trainer:
             check_divides(cfg, self._ranks)
         if self.folder is not None and checkpoints(self.folder):
             there = [config_of(fields) for fields in read_checkpoint(self.folder, ranks=self._ranks).header["configs"]]
-            _refuse_others(self.folder, there, self.configs)
+            refuse_others(self.folder, kept=there, asked=self.configs)
             raise FileExistsError(
                 f"{self.folder} holds a run of these configs already; take it up with "
                 f"Trainer.resume({str(self.folder)!r}), or choose another folder."
@@ -193,10 +191,10 @@ class Trainer:
         """
         folder, ranks = Path(folder), Ranks(mesh)
         path, header, _ = checkpoint = read_checkpoint(folder, step=step, ranks=ranks)
-        with _state_of(path):
+        with state_of(path):
             kept = [config_of(fields) for fields in header["configs"]]
         kernels_for(kernels, ranks.device(device), kept, ranks)
-        with _state_of(path):
+        with state_of(path):
             trainer = cls(
                 kept, device=device, held_out=held_out, log=log, mesh=mesh, kernels=kernels, **header["settings"]
             )
@@ -211,7 +209,7 @@ class Trainer:
             trainer.step = trainer._saved_step = header["step"]
             trainer._log_size = header["log_size"]
         if configs is not None:
-            _refuse_others(folder, kept, [configs] if isinstance(configs, TrainConfig) else configs)
+            refuse_others(folder, kept=kept, asked=[configs] if isinstance(configs, TrainConfig) else configs)
         trainer.folder = folder
         return trainer
 
@@ -430,20 +428,3 @@ class Trainer:
     def _interrupted(self) -> str:
         text = f"interrupted after step {self.step}"
         return text if self.folder is None else f"{text}; Trainer.resume({str(self.folder)!r}) goes on from there"
-
-
-@contextmanager
-def _state_of(path: Path) -> Generator[None]:
-    """Turn what goes wrong with the state in a checkpoint into an error that says so."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is whole but is no state of a run that this version can take up ({type(error).__name__}: "
-            f"{error}). Resume it with the version that wrote it, or train anew."
-        ) from None
-
-
-def _refuse_others(folder: Path, kept: Sequence[TrainConfig], asked: Sequence[TrainConfig]) -> None:
-    if found := differences(kept, asked):
-        raise ValueError(f"{folder} holds a run of other configs: {found}. Give the same, or choose another folder.")
