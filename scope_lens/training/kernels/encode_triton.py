@@ -1,7 +1,7 @@
 """The fused encoder in Triton: the product, and the decision on its accumulators.
 
-At 65,536 latents this product is more than a third of what a sparse update has to do, and the larger share the wider the
-dictionary.
+At 65,536 latents this product is more than a third of what a sparse update has to do, and its share grows with the
+width.
 
 1. Tiles of 128 rows by 256 latents, the largest whose accumulators two warp groups can hold (128 registers a thread).
    The tile reads 48 KB for 1,024 cycles of tensor core work; half of the tile would ask more of the L2 cache than it
