@@ -381,9 +381,7 @@ def test_what_does_not_fit_is_refused(module):
         case.update(module, source, latents=slice(0, 5))
     fewer = {"weight": case.weight[:9], "shadow": None}
     refused("the entries are of 10 latents, the weight has 9 rows.", source, **fewer)
-    refused(
-        "betas[0] is 0.9, but the state has none first moment", source, settings=case.settings | {"betas": MOMENTUM}
-    )
+    refused("betas[0] is 0.9, but the state has no first moment", source, settings=case.settings | {"betas": MOMENTUM})
     refused("weight has shape (10, 17) and strides (1, 10)", source, weight=case.weight.T.contiguous().T)
     narrow = FromEntries(source.columns, source.coefficient, source.rows[:, :16])
     refused("gradient has shape (5, 16) and strides (17, 1); expected contiguous rows of 17 numbers.", narrow)

@@ -24,7 +24,8 @@ def sharing(*, data_parallel: int, latent_parallel: int, device: str | None) -> 
         device: "cpu", "cuda", or None for a GPU a process where there are any.
 
     Raises:
-        ValueError: Another number of processes was started, or there are fewer GPUs than processes on this machine.
+        ValueError: Another number of processes was started, there are fewer GPUs than processes on this machine, or
+            one device is named for several processes.
     """
     started, asked = int(os.environ.get("WORLD_SIZE", "1")), data_parallel * latent_parallel
     if min(data_parallel, latent_parallel) < 1 or asked != started:

@@ -7,8 +7,8 @@
 1. A checkpoint is written into `folder/checkpoint.part/`, forced to the disk, and moved to its name when it is whole.
    Several ranks write theirs together, and the first one moves it when all are done.
 2. Only then are those removed that are older than the last `keep`. The next writer removes what a killed one left.
-3. The header holds checksums, so a file that was cut or changed later is known as damaged. Nothing
-   falls back to an older checkpoint by itself: the error names those that are whole.
+3. The header holds checksums, so a file that was cut or changed later is known as damaged. Nothing falls back to an
+   older checkpoint by itself: the error names those that are whole.
 """
 
 import json
@@ -127,14 +127,15 @@ def read_checkpoint(folder: str | Path, *, step: int | None = None, ranks: Ranks
 
     Raises:
         FileNotFoundError: The folder holds no run, or no checkpoint of this step.
-        ValueError: The checkpoint is damaged; the message says which others are whole.
+        ValueError: The checkpoint is damaged, and the message says which others are whole; or the ranks see different
+            folders.
     """
     there = checkpoints(folder)
     ranks.agreement.refuse_differences(checkpoints=list(there), remedy=ONE_FOLDER)
     if not there:
         raise FileNotFoundError(
-            f"{folder} holds no checkpoint_<step>.safetensors; Trainer.resume takes up a run that was begun with "
-            "Trainer(configs, folder=...)."
+            f"{folder} holds no checkpoint_<step>.safetensors and no folder checkpoint_<step>; Trainer.resume takes up "
+            "a run that was begun with Trainer(configs, folder=...)."
         )
     if step is not None and step not in there:
         raise FileNotFoundError(f"{folder} holds no checkpoint of step {step}; it holds those of {list(there)}.")

@@ -8,7 +8,7 @@ with some hundred.
 The numbers come from batches that are some updates back, because nobody waits for the device. The host may look
 earlier, for a report or a checkpoint; what it learns then counts from the same update on, so that a run takes the same
 decisions whenever it is looked at, broken off and taken up again. A batch that has more entries than the capacity
-chosen here is done again densely.
+chosen here is done again densely, and so is a TopK batch whose candidates were too few.
 """
 
 from collections import deque
@@ -18,8 +18,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# Where this share of the latents matters, four gathers of a row of bfloat16 weights at 60 % of 4.3 TB/s take as long as
-# the four products of a dense step at 90 % of 790 TFLOP/s, the H200's measured rates. A guess on other cards.
+# Where this share of the latents matters, a sparse step's four gathers of a row of bfloat16 weights for each entry, at
+# 60 % of 4.3 TB/s, take as long as the four products that a dense step has beside the encoder's, at 90 % of
+# 790 TFLOP/s: rates that H200s were seen to reach. A guess on other cards.
 BREAK_EVEN = 0.0036
 _BACK = 1.25  # times the break-even before a sparse run goes back, so that it does not change to and fro
 _ROOM = 1.25  # capacity over the largest row seen
@@ -77,7 +78,8 @@ class Dispatcher:
             step: The update, in ascending order.
             most: Entries that matter in the row that has most of them.
             mean: Entries that matter in a row.
-            halted: Whether a row had no room. It is made again densely, as are those that may have been launched since.
+            halted: Whether a row's entries were not all found. The update is made again densely, as are those that may
+                have been launched since.
         """
         self._seen.append(_Seen(step, most, mean, halted))
         if halted:

@@ -37,7 +37,7 @@ class FusedState:
     Attributes:
         weights: Master weights by name, float32, latent-major; views of the dictionary's parameters.
         vectors: All other trained parameters, by name.
-        halted: Not 0 once a batch had no room; nothing is applied as long as it stands.
+        halted: Not 0 once a batch's entries were not all found; nothing is applied as long as it stands.
     """
 
     def __init__(

@@ -1,7 +1,8 @@
 """Updates on the kernels, launched without waiting for the device, dense or sparse as the batches ask for.
 
 1. An update is launched by what the batches some updates back measured (`scope_lens.training.dispatch`).
-2. A row with more entries than there was room for halts the run on the device: from then on no kernel writes a weight.
+2. A row with more entries than there was room for, or a TopK row with too few candidates, halts the run on the device:
+   from then on no kernel writes a weight.
 3. The host looks at an update's counts some updates later (`scope_lens.training.in_flight`). Where it was halted, it is
    made again densely, and so are those behind it.
 

@@ -67,14 +67,15 @@ class Trained(NamedTuple):
 
 @torch.no_grad()
 def launch(trained: Trained, flight: InFlight, *, capacity: int | None) -> Int[Tensor, "2"]:
-    """Launch an update, and count the entries that matter: in the fullest row, and over all rows.
+    """Launch an update, and count the entries that matter: in the fullest row, and over all rows of this rank.
 
-    On several ranks the counts are the largest of all.
+    Of TopK the first is about the candidates and the second about the active latents. On several ranks each count is
+    the largest that any of them has.
 
     Args:
         trained: What is updated.
         flight: The batch, and where the loss goes.
-        capacity: Room for entries in a row; None works densely.
+        capacity: Room for entries in a row, for TopK for candidates; None works densely.
     """
     update = _Update(trained, flight)
     if capacity is None and trained.cfg.activation == "jumprelu":

@@ -49,7 +49,7 @@ class InFlight:
         step: Updates made before it.
         batch: Its rows, normalised.
         parts: Where its loss goes; what stands there is final once the update has landed.
-        counts: Entries that matter in the fullest row, their sum over rows, and whether updates have been halted.
+        counts: What `fused_update.launch` counts, and whether updates have been halted.
         again: Whether it had been halted and is made again.
     """
 

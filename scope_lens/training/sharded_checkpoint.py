@@ -44,7 +44,8 @@ def write_shards(folder: Path, header: Mapping[str, Any], tensors: Mapping[str, 
         ranks: Whose latents these are.
 
     Raises:
-        OSError: A rank could not write; all ranks raise it.
+        OSError: A rank could not write its tensors; all ranks raise it.
+        ValueError: Another rank could not read its files again, or write the header.
     """
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_saver import save

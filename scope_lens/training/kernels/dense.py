@@ -4,7 +4,7 @@ For dictionaries on which no sums over entries pay: any at the start of a run, w
 narrow ones for good. With M latents and n rows, all weights latent-major:
 
 1. `encode_dense`:    pre = x @ W_enc^T + b_enc, decided in float32 on the accumulators; f goes to memory, rounded to
-                      the operands' dtype, with one byte that says active and inside the window.
+                      the operands' dtype, with two bits: active, and inside the window.
 2. `product`:         f @ W_dec, from which `dense_residual` takes d y_hat = 2 (y_hat - y) / n and the loss.
 3. `dense_gradients`: d f = d y_hat @ W_dec^T, which never goes to memory; d pre = d f where active does, and the sums
                       over the rows that the biases and the thresholds need.

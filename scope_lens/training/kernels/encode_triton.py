@@ -4,17 +4,17 @@ At 65,536 latents this product is more than a third of what a sparse update has 
 width.
 
 1. Tiles of 128 rows by 256 latents, the largest whose accumulators two warp groups can hold (128 registers a thread).
-   The tile reads 48 KB for 1,024 cycles of tensor core work; half of the tile would ask more of the L2 cache than it
-   gives. The operands come through tensor descriptors (the bulk copy engine), four steps of 64 ahead.
+   The operands come through tensor descriptors (the bulk copy engine), four steps of 64 ahead. A step reads 48 KB for
+   1,024 cycles of tensor core work; half of the tile would ask more of the L2 cache than it gives.
 2. One program a multiprocessor takes tile after tile. Neighbours in time share 16 row tiles (9 MB at d 2304) and a few
    latent tiles: x stays in the L2 cache, and the weights are read once for every 2,048 rows.
 3. The epilogue writes the accumulators to a scratch tile that stays in the L2 cache, and packs the decisions on them
-   into words of 32 latents. Few bits are set, and from there on only they matter: each takes a slot of its row, by an
-   atomic add on the row's count, and is stored as one word, the latent above the bits of its `pre`, which is read back.
+   into words of 32 latents. Few bits are set, and from there on only they matter: one atomic add on a row's count
+   reserves slots for those of a word, and each is stored as 64 bits, the latent above its `pre`, which is read back.
    A prefix sum over the tile, or storing from it directly, would move every accumulator through shared memory several
    times, and spill. No tensor of (batch, d_sae) exists.
-4. A second kernel brings each row's words into the order of the latents, by counting for each how many are smaller:
-   the same bits on every run, in whatever order the tiles reserved their slots.
+4. A second kernel brings what each row has stored into the order of the latents, by counting for each how many are
+   smaller: the same bits on every run, in whatever order the tiles reserved their slots.
 
 A count goes on beyond the capacity while nothing is stored there, so a batch with half of its latents active ends too,
 though slowly: every active latent is counted.
@@ -249,7 +249,7 @@ def _encode(
 @no_type_check
 @triton.jit
 def _order(found, threshold, latent, pre, act, count, capacity, d_sae, SLOTS: tl.constexpr, OTHERS: tl.constexpr):
-    """Put each of a row's words at the place that the number of smaller latents in the row gives it."""
+    """Put each of a row's entries at the place that the number of smaller latents in the row gives it."""
     row = tl.program_id(0).to(tl.int64) * capacity
     first = tl.program_id(1) * SLOTS
     slot = first + tl.arange(0, SLOTS)

@@ -3,7 +3,7 @@
 """The kernel of `sums.py` in Triton.
 
 1. A program takes some neighbouring latents and the first 32 entries of each at once: at 65k latents and L0 80 a
-   latent has five in a batch of 4,096, and one in thirty has more than 32.
+   latent has five on average in a batch of 4,096.
 2. A latent that has more is finished alone, 1,024 entries at a time: one that is active in every row takes four turns,
    so it is no long tail.
 

@@ -175,14 +175,15 @@ def checked_rows(
         ValueError: As `update_rows`.
     """
     if (state.first is None) != (betas[0] == 0):
-        found = "none" if state.first is None else "one"
+        found = "no" if state.first is None else "a"
         raise ValueError(f"betas[0] is {betas[0]}, but the state has {found} first moment; make it with these betas.")
     if isinstance(gradient, FromEntries):
         if latents is not None:
             raise ValueError("latents belongs to a dense gradient; a gradient from entries covers all latents.")
         if len(gradient.columns.offsets) != len(weight) + 1:
             raise ValueError(
-                f"the entries are of {len(gradient.columns.offsets) - 1} latents, the weight has {len(weight)} rows."
+                f"the entries are of {len(gradient.columns.offsets) - 1} latents, the weight has {len(weight)} rows. "
+                f"Order them with columns_of(entries, {len(weight)})."
             )
     else:
         latents = latents or slice(0, len(weight))
@@ -191,7 +192,10 @@ def checked_rows(
             state.second[latents], None if state.first is None else state.first[latents], state.last[latents]
         )
         if len(gradient) != len(weight):
-            raise ValueError(f"the gradient has {len(gradient)} rows for the {len(weight)} latents of {latents}.")
+            raise ValueError(
+                f"the gradient has {len(gradient)} rows for the {len(weight)} latents of {latents}. Pass latents= with "
+                "the latents that it is of."
+            )
     wide = gradient.rows if isinstance(gradient, FromEntries) else gradient
     tensors = {"weight": weight, "second": state.second, "first": state.first, "shadow": shadow, "gradient": wide}
     for name, tensor in tensors.items():
