@@ -1,9 +1,9 @@
 """The memory of an update on the kernels, item by item, in bytes: what has to fit on the device.
 
-What a dictionary holds between updates grows with its width and nothing else: 10 bytes for each weight in Gemma Scope's
-recipe (float32 weights and second moments, bfloat16 shadows; no first moment, because its beta is 0). What an update
-needs beside it hardly grows: no array has an entry for every row and latent, but a dense update's, which are cut into
-blocks of latents once they would be too large.
+What a dictionary holds between updates, but for two batches of rows, grows with its width: 10 bytes for each weight in
+Gemma Scope's recipe (float32 weights and second moments, bfloat16 shadows; no first moment, because its beta is 0).
+What an update needs beside it hardly grows: no array has an entry for every row and latent, but a dense update's, which
+are cut into blocks of latents once they would be too large.
 
 The sum is an upper bound: an update lets go of some arrays before it makes others. `docs/benchmarks/memory.md` sets it
 beside the tensors that updates really make.

@@ -11,7 +11,7 @@ For TopK a floor under the k-th largest pre-activation is estimated from a few r
 candidates among which each row's k largest are chosen. A row for which the floor was too high or too low is encoded
 densely, so the result is exact.
 
-It is meant for inference: no gradient, no hook. What it saves is measured in docs/benchmarks/cuda_step.md.
+It is meant for inference: no gradient, no hook. docs/benchmarks/cuda_step.md has what it saves, once that is measured.
 """
 
 import torch
