@@ -26,11 +26,11 @@ import triton
 import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from scope_lens.training.kernels.bits_triton import ones
 from scope_lens.training.kernels.dense import WORD, DenseActs, product, weighted_rows
 from scope_lens.training.kernels.sums import LatentSums
+from scope_lens.training.kernels.tiles_triton import INTERPRETED, descriptor, programs, suited
 
 __all__ = ["dense_gradients", "dense_residual", "encode_dense", "product", "weighted_rows"]
 
@@ -72,7 +72,7 @@ def encode_dense(
     l0 = torch.zeros(n_rows, dtype=torch.int32, device=x.device)
     tile = _tile_for(x)
     _encode[_grid(x, tile, n_latents, n_rows)](
-        _descriptor(W_enc, tile.latents, tile.inner), _descriptor(x, tile.rows, tile.inner),
+        descriptor(W_enc, (tile.latents, tile.inner)), descriptor(x, (tile.rows, tile.inner)),
         b_enc, threshold, float(half_window), acts, active, inside, l0,
         n_latents, n_rows, **_launch(tile, n_latents, n_rows, inner),
     )  # fmt: skip
@@ -111,7 +111,7 @@ def dense_gradients(
     tile = _tile_for(d_recons)
     parts = d_pre.new_empty((triton.cdiv(n_rows, tile.rows), 2, n_latents), dtype=torch.float32)
     _gradients[_grid(d_recons, tile, n_latents, n_rows)](
-        _descriptor(W_dec, tile.latents, tile.inner), _descriptor(d_recons, tile.rows, tile.inner),
+        descriptor(W_dec, (tile.latents, tile.inner)), descriptor(d_recons, (tile.rows, tile.inner)),
         acts.active, acts.inside, d_pre, parts,
         n_latents, n_rows, **_launch(tile, n_latents, n_rows, inner),
     )  # fmt: skip
@@ -312,26 +312,12 @@ def _tile_product(
 
 
 # The interpreter multiplies the bits of bfloat16 as integers; in float32 it is right.
-_INTERPRETED = type(_encode) is not triton.JITFunction
-
-
 def _tile_for(operand: Tensor) -> _Tile:
-    """The tile for operands of this dtype on their device.
-
-    Float32 operands are multiplied as they are (IEEE), which tensor cores cannot do: theirs is the path for checking.
-    """
-    if operand.dtype == torch.float32:
-        return _FLOAT32
-    on_hopper = operand.device.type != "cpu" and torch.cuda.get_device_properties(operand.device).major == 9
-    return _HOPPER if on_hopper else _OTHER
+    return suited(operand, float32=_FLOAT32, hopper=_HOPPER, other=_OTHER)
 
 
 def _grid(operand: Tensor, tile: _Tile, n_latents: int, n_rows: int) -> tuple[int]:
-    """One program a multiprocessor, as long as there are tiles for them; two in the interpreter."""
-    tiles = triton.cdiv(n_latents, tile.latents) * triton.cdiv(n_rows, tile.rows)
-    if operand.device.type == "cpu":
-        return (min(tiles, 2),)
-    return (min(tiles, torch.cuda.get_device_properties(operand.device).multi_processor_count),)
+    return programs(operand, triton.cdiv(n_latents, tile.latents) * triton.cdiv(n_rows, tile.rows))
 
 
 def _launch(tile: _Tile, n_latents: int, n_rows: int, inner: int) -> dict[str, int | bool]:
@@ -342,15 +328,7 @@ def _launch(tile: _Tile, n_latents: int, n_rows: int, inner: int) -> dict[str, i
         "INNER": tile.inner,
         "D": inner,
         "RAGGED": n_latents % tile.latents != 0 or n_rows % tile.rows != 0,
-        "UPCAST": _INTERPRETED,
+        "UPCAST": INTERPRETED,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
-
-
-def _descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """What the copy engine reads tiles by; it needs rows that begin at multiples of 16 bytes."""
-    extra = -matrix.shape[1] % (16 // matrix.itemsize)
-    if extra:
-        matrix = torch.nn.functional.pad(matrix, (0, extra))
-    return TensorDescriptor.from_tensor(matrix.contiguous(), [rows, columns])

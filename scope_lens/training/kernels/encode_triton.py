@@ -27,11 +27,11 @@ import triton
 import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from scope_lens.training.kernels.bits_triton import ones
 from scope_lens.training.kernels.encode import check_room, largest
 from scope_lens.training.kernels.entries import Entries
+from scope_lens.training.kernels.tiles_triton import INTERPRETED, descriptor, programs, suited
 
 
 class Tile(NamedTuple):
@@ -88,10 +88,11 @@ def encode(
         return entries
     tile = tile_for(x)
     found = torch.empty(batch, capacity, dtype=torch.int64, device=device)
-    grid = _grid(x, tile, d_sae)
+    tiles = triton.cdiv(batch, tile.rows) * triton.cdiv(d_sae, tile.latents)
+    grid = programs(x, tiles, at_once=tile.programs)
     scratch = torch.empty(*grid, tile.rows, tile.latents, device=device)
     _encode[grid](
-        _descriptor(x, (tile.rows, tile.depth)), _descriptor(W_enc, (tile.latents, tile.depth)), b_enc, threshold,
+        descriptor(x, (tile.rows, tile.depth)), descriptor(W_enc, (tile.latents, tile.depth)), b_enc, threshold,
         entries.count, entries.l0, found, scratch, batch, d_sae, capacity, float(half_window),
         **_settings(tile, d_in, d_sae),
     )  # fmt: skip
@@ -118,23 +119,8 @@ def topk_encode(
 
 
 def tile_for(x: Float[Tensor, "batch d_in"]) -> Tile:
-    """Give the tile for operands of this dtype on their device.
-
-    Float32 operands are multiplied as they are (IEEE), which tensor cores cannot do: theirs is the path for checking.
-    """
-    if x.dtype == torch.float32:
-        return _FLOAT32
-    if _INTERPRETED or torch.version.hip is not None:
-        return _OTHER
-    return _HOPPER if torch.cuda.get_device_properties(x.device).major == 9 else _OTHER
-
-
-def _grid(x: Tensor, tile: Tile, d_sae: int) -> tuple[int]:
-    """As many programs as run at a time, if there are tiles for them; two in the interpreter."""
-    tiles = triton.cdiv(len(x), tile.rows) * triton.cdiv(d_sae, tile.latents)
-    if _INTERPRETED:
-        return (min(tiles, 2),)
-    return (min(tiles, tile.programs * torch.cuda.get_device_properties(x.device).multi_processor_count),)
+    """Give the tile for operands of this dtype on their device."""
+    return suited(x, float32=_FLOAT32, hopper=_HOPPER, other=_OTHER)
 
 
 def _settings(tile: Tile, d_in: int, d_sae: int) -> dict[str, int | bool]:
@@ -146,21 +132,10 @@ def _settings(tile: Tile, d_in: int, d_sae: int) -> dict[str, int | bool]:
         "DEPTH": tile.depth,
         "GROUP": tile.group,
         "RAGGED": d_sae % tile.latents != 0,
-        "INTERPRETED": _INTERPRETED,
+        "INTERPRETED": INTERPRETED,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
-
-
-def _descriptor(matrix: Tensor, block: tuple[int, int]) -> TensorDescriptor:
-    """What the copy engine reads tiles by; it needs rows that begin at multiples of 16 bytes."""
-    missing = -matrix.shape[1] % (16 // matrix.itemsize)
-    if missing:  # padding by nothing would copy all the same
-        matrix = torch.nn.functional.pad(matrix, (0, missing))
-    matrix = matrix.contiguous()
-    if matrix.data_ptr() % 16:
-        matrix = matrix.clone()
-    return TensorDescriptor.from_tensor(matrix, list(block))
 
 
 # Triton's interpreter wants functions defined above those that call them.
@@ -269,6 +244,3 @@ def _order(found, threshold, latent, pre, act, count, capacity, d_sae, SLOTS: tl
     tl.store(latent + place, tl.where(there, which, d_sae), mask=slot < capacity)
     tl.store(pre + place, tl.where(there, value, 0.0), mask=slot < capacity)
     tl.store(act + place, tl.where(active, value, 0.0), mask=slot < capacity)
-
-
-_INTERPRETED = type(_encode) is not triton.JITFunction
