@@ -22,6 +22,7 @@ from scope_lens.sae import HookedSAE
 from scope_lens.training.kernels.choice import KernelChoice, resolve
 from scope_lens.training.kernels.entries import Entries
 from scope_lens.training.kernels.kernel_set import eager_kernels, triton_kernels
+from scope_lens.training.kernels.topk_blocks import topk_by_blocks
 
 _ROOM = 256  # entries of a row at first
 _SAMPLE = 32  # rows from which TopK's floor is estimated
@@ -138,12 +139,20 @@ class SparseCodec:
 
     def _encode_topk(self, rows: Tensor, k: int) -> Entries:
         capacity = min(_TOPK_ROOM * k, self.sae.cfg.d_sae)
-        entries = self._kernels.topk_encode(
-            rows, self._W_enc, self._b_enc, k=k, floor=self._floor(rows, k), capacity=capacity
-        )
+        floor = self._floor(rows, k)
+        entries = self._kernels.topk_encode(rows, self._W_enc, self._b_enc, k=k, floor=floor, capacity=capacity)
         wrong = ((entries.count < k) | (entries.count > capacity)).nonzero().flatten()
         for chunk in wrong.split(_DENSE_ROWS):
-            for column, exact in zip(entries, self._topk_densely(rows[chunk], k), strict=True):
+            found, _ = topk_by_blocks(
+                rows[chunk],
+                self._W_enc,
+                self._b_enc,
+                k=k,
+                floor=floor,
+                block=self.sae.cfg.d_sae,
+                product=self._kernels.product,
+            )
+            for column, exact in zip(entries, found, strict=True):
                 column[chunk] = exact
         return entries
 
@@ -154,19 +163,6 @@ class SparseCodec:
         floors = self._pre(sample).topk(rank, dim=-1).values[:, -1]
         lowest = floors.new_full((1,), torch.inf)
         return torch.minimum(lowest, floors.nan_to_num(nan=torch.inf).amin()) if len(rows) else lowest
-
-    def _topk_densely(self, rows: Tensor, k: int) -> Entries:
-        values, latents = self._pre(rows).topk(k, dim=-1)
-        latents, order = latents.sort(dim=-1)
-        pre = values.gather(-1, order)
-        act = pre.relu()
-        return Entries(
-            latent=latents.int(),
-            pre=pre,
-            act=act,
-            count=torch.full_like(latents[:, 0], k, dtype=torch.int32),
-            l0=(act != 0).sum(-1, dtype=torch.int32),
-        )
 
     def _pre(self, rows: Tensor) -> Tensor:
         return self._kernels.product(rows, self._W_enc.T) + self._b_enc

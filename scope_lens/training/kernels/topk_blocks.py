@@ -1,7 +1,8 @@
 """The k largest latents of each row, by blocks of latents: exact whatever the batch holds.
 
 The way that TopK takes at the start of a run, and where candidates above a floor were too few or too many
-(`topk_encode`). Only a block's pre-activations are in memory at a time.
+(`topk_encode`), in training and in `SparseCodec`. Only a block's pre-activations are in memory at a time. As there, NaN
+counts as active.
 """
 
 from collections.abc import Callable
@@ -43,7 +44,7 @@ def topk_by_blocks(
     candidates = torch.zeros(len(x), dtype=torch.int32, device=x.device)
     for start in range(0, d_sae, block):
         pre = product(x, W_enc[start : start + block].T) + b_enc[start : start + block]
-        candidates += (pre > floor).sum(1, dtype=torch.int32)
+        candidates += (~(pre <= floor)).sum(1, dtype=torch.int32)
         largest, where = pre.topk(min(k, pre.shape[1]))
         value, latent = torch.cat([value, largest], 1), torch.cat([latent, where + start], 1)
         if value.shape[1] > k:
@@ -53,4 +54,4 @@ def topk_by_blocks(
     value = value.gather(1, order)
     act = value.relu()
     full = torch.full((len(x),), k, dtype=torch.int32, device=x.device)
-    return Entries(latent.int(), value, act, full, (act > 0).sum(1, dtype=torch.int32)), candidates
+    return Entries(latent.int(), value, act, full, (act != 0).sum(1, dtype=torch.int32)), candidates
