@@ -116,12 +116,14 @@ _numbers = itertools.count()
 
 
 def group(shape, work, *args):
-    """Run `work(mesh, *args)` on every rank of a new group; what each gave, or "died" with its signal or exit code."""
+    """Run `work(mesh, *args)` on every rank of a new group; what each gave, or "died" with its signal, exit code or traceback."""
     size, path = shape[0] * shape[1], FOLDER / f"group_{next(_numbers)}"
 
     def rank_of(rank):
         dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=size)
-        return work(init_device_mesh("cpu", shape, mesh_dim_names=("data", "latent")), *args)
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("data", "latent"))
+        dist.barrier()  # one that is refused at once must not leave while another still connects to it
+        return work(mesh, *args)
 
     return forked([partial(rank_of, rank) for rank in range(size)])
 
@@ -138,7 +140,8 @@ def forked(works):
                 torch.save(work(), f"{path}.{number}")
                 code = 0
             except BaseException:  # noqa: BLE001
-                traceback.print_exc()
+                torch.save(("died", traceback.format_exc()), f"{path}.{number}")
+                code = 0
             finally:
                 os._exit(code)
     statuses = [os.waitpid(pid, 0)[1] for pid in pids]
