@@ -1,0 +1,1 @@
+"""Feature circuits: attribution graphs, interventions, verification, export."""

@@ -1,0 +1,102 @@
+"""Where each dictionary of a graph sits: what it reads, what it writes, and in which order.
+
+1. `hook_names` resolves a dictionary's two hooks against the model and refuses what cannot be one graph.
+2. `places_of` puts the dictionaries into the order in which their outputs fire, which is the order of the graph: what
+   one writes reaches later ones alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformer_lens import TransformerBridge
+
+from scope_lens.attachments import attachments_of
+from scope_lens.sae import HookedSAE
+from scope_lens.sites import check_fits, layer_of
+from scope_lens.special_tokens import special_token_ids, untrained_positions
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Place:
+    """One dictionary of a graph.
+
+    Attributes:
+        sae: The dictionary.
+        stage: Its number in the order in which the dictionaries' outputs fire, from 0.
+        layer: The layer its output belongs to; -1 for the embeddings.
+        reads: One hook name of what the encoder reads, the same for every spelling of the site.
+        writes: One hook name of what the decoder writes; equal to `reads` for an autoencoder.
+        trained: Where the dictionary is spliced. Elsewhere the site is not cut, and a skip term does not apply.
+    """
+
+    sae: HookedSAE
+    stage: int
+    layer: int
+    reads: str
+    writes: str
+    trained: Bool[Tensor, " pos"]
+
+
+def hook_names(bridge: TransformerBridge, sae: HookedSAE) -> tuple[str, str]:
+    """One name for each of a dictionary's two hooks, whatever its config calls them.
+
+    Raises:
+        KeyError: The model has no such hook.
+        ValueError: A hook that does not fire, or another width or device than the model's.
+    """
+    attachments = attachments_of(bridge)
+    sites = attachments.sites
+    names = [sites.names(sites.resolve(bridge, name))[0] for name in (sae.cfg.hook_in, sae.cfg.hook_out)]
+    check_fits(bridge, sae, sites, attachments.folded_layers)
+    return names[0], names[1]
+
+
+def places_of(
+    bridge: TransformerBridge, tokens: Int[Tensor, "1 pos"], saes: Sequence[HookedSAE], fired: Sequence[str]
+) -> list[Place]:
+    """Put dictionaries into the order of the graph.
+
+    Args:
+        bridge: The model.
+        tokens: The prompt.
+        saes: The dictionaries.
+        fired: Hook names in the order in which they fired in a forward pass, those of `hook_names` among them.
+
+    Raises:
+        ValueError: Two dictionaries write one site, or one writes before it reads.
+    """
+    order = {name: number for number, name in enumerate(fired)}
+    names = [hook_names(bridge, sae) for sae in saes]
+    by_write: dict[str, HookedSAE] = {}
+    for sae, (reads, writes) in zip(saes, names, strict=True):
+        if writes in by_write:
+            other = by_write[writes].cfg
+            raise ValueError(
+                f"Two dictionaries write {sae.cfg.hook_out!r}: {other.release or 'unnamed'} {other.path} and "
+                f"{sae.cfg.release or 'unnamed'} {sae.cfg.path}. A graph has one dictionary a site; pass one of them."
+            )
+        if order[reads] > order[writes]:
+            raise ValueError(
+                f"The dictionary that writes {sae.cfg.hook_out!r} reads {sae.cfg.hook_in!r}, which fires later. Check "
+                "its hook names."
+            )
+        by_write[writes] = sae
+    wanted = {kind for sae in saes for kind in sae.cfg.untrained}
+    special = special_token_ids(bridge, chat_prefix="chat_prefix" in wanted)
+    places: list[Place] = []
+    for reads, writes in sorted(names, key=lambda pair: order[pair[1]]):
+        sae = by_write[writes]
+        layer = layer_of(sae.cfg.hook_out)
+        places.append(
+            Place(
+                sae=sae,
+                stage=len(places),
+                layer=-1 if layer is None else layer,
+                reads=reads,
+                writes=writes,
+                trained=~untrained_positions(tokens, special, sae.cfg.untrained)[0],
+            )
+        )
+    return places
