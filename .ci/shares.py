@@ -6,6 +6,7 @@ from xml.etree import ElementTree as ET
 
 SHARES = {
     "training": ("training", "kernels", "bench_cuda", "demo"),
+    "circuits": ("circuits",),
     "evaluation": ("evaluat",),
     "explore, figures, command line, notebooks": ("explore", "figures", "cli", "docs", "notebooks"),
 }
