@@ -13,52 +13,27 @@ target's bias, and what pruning took away from its row is `dropped`, so that for
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from enum import IntEnum
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from scope_lens.circuits.edges import Edges, check, row_sums, targets_of
+from scope_lens.circuits import influence, merging, pruning
+from scope_lens.circuits.edges import Edges, check, kept, renumbered, row_sums, targets_of
+from scope_lens.circuits.graph_file import damaged, read_graph, write_graph
+from scope_lens.circuits.graph_records import GraphChecks, GraphScores, Kind
+from scope_lens.circuits.networkx_graph import networkx_graph
 
+if TYPE_CHECKING:
+    import networkx as nx
 
-class Kind(IntEnum):
-    """What a node is."""
-
-    LATENT = 0
-    ERROR = 1  # what a dictionary misses at one position
-    TOKEN = 2
-    LOGIT = 3
-    DIRECTION = 4  # read at the final norm's output
-    REST = 5  # the latents of one site and position that are no nodes of their own, folded; a source only
-
-
-class GraphScores(NamedTuple):
-    """How much of the graph's influence runs through latents.
-
-    Attributes:
-        replacement: Influence of the tokens over that of tokens, errors and rests.
-        completeness: Share of the inputs of all nodes, weighted by their influence, that is no error and no rest.
-    """
-
-    replacement: float
-    completeness: float
-
-
-class GraphChecks(NamedTuple):
-    """What attribution found when it checked itself.
-
-    Attributes:
-        logits: Largest deviation of the linear model's logits from the model's own, over the largest logit.
-        conservation: Largest residual of `AttributionGraph.conservation`.
-        forward_only: Whether every edge runs to a later stage.
-    """
-
-    logits: float
-    conservation: float
-    forward_only: bool
+_COLUMNS = (
+    "kind", "layer", "pos", "index", "stage", "activation", "start", "bias", "pre_activation", "dropped", "cumulative",
+)  # fmt: skip
+_DESCRIBED = ("site", "label", "token_strings", "n_layers", "d_vocab", "model", "sites", "sources", "settings")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -210,14 +185,197 @@ class AttributionGraph:
         place = "" if kind in {Kind.TOKEN, Kind.LOGIT, Kind.DIRECTION} else f" of {self.site[node]}"
         return f"{what}{number}{label}{place} at position {pos}"
 
-    def _check_columns(self) -> None:
-        lengths = {
-            name: len(getattr(self, name))
-            for name in (
-                "kind", "layer", "pos", "index", "stage", "site", "label", "activation", "start", "bias",
-                "pre_activation", "dropped", "cumulative",
+    def influence(self) -> Float[Tensor, " node"]:
+        """I = w M + w M^2 + ..., M the absolute weights over their sum by row, w the start weights; not cumulative."""
+        return self._influence().to(self.edges.weight.dtype)
+
+    def scores(self) -> GraphScores:
+        """How much of the influence runs through latents: replacement and completeness score."""
+        received = self._influence()
+        missed = (self.kind == Kind.ERROR) | (self.kind == Kind.REST)
+        return GraphScores(
+            replacement=influence.replacement(received, token=self.kind == Kind.TOKEN, missed=missed),
+            completeness=influence.completeness(self.edges, received, self.start, missed=missed),
+        )
+
+    def prune(self, *, node_mass: float = 0.8, edge_mass: float = 0.98) -> "AttributionGraph":
+        """Keep the nodes, and between them the edges, that hold most of the influence (see `pruning`).
+
+        Tokens, logits, directions and all start targets stay. Latents that nothing but bias ever fed count as sources.
+        What the rows of the nodes that stay lose goes to `dropped`.
+
+        Args:
+            node_mass: Share of all influence that the kept nodes reach, from 0 to 1; 1 keeps all.
+            edge_mass: The same of edges.
+
+        Raises:
+            ValueError: A mass that is no share.
+        """
+        ends = (self.kind == Kind.TOKEN) | (self.kind == Kind.LOGIT) | (self.kind == Kind.DIRECTION) | (self.start > 0)
+        pruned = pruning.prune(
+            self.edges,
+            self.stage,
+            self.start,
+            always=ends,
+            fed=(self.kind == Kind.LATENT) & (self.edges.row_lengths > 0),
+            node_mass=node_mass,
+            edge_mass=edge_mass,
+        )
+        masses = {"node_mass": node_mass, "edge_mass": edge_mass}
+        nodes = pruned.nodes.nonzero()[:, 0]
+        cumulative = pruned.cumulative[nodes].to(self.cumulative.dtype)
+        return self._part(nodes, pruned.edges, cumulative=cumulative, settings={**self.settings, **masses})
+
+    def subgraph(self, nodes: Sequence[int] | Int[Tensor, " kept"]) -> "AttributionGraph":
+        """Keep some nodes and the edges between them; what the others gave to their rows goes to `dropped`.
+
+        Args:
+            nodes: Their numbers, in any order; the graph's order stays.
+
+        Raises:
+            ValueError: A number that is no node.
+        """
+        numbers = torch.as_tensor(nodes, dtype=torch.int64).unique()
+        if len(numbers) and not (int(numbers[0]) >= 0 and int(numbers[-1]) < self.n_nodes):
+            raise ValueError(
+                f"Nodes are numbered 0 to {self.n_nodes - 1}; asked for {int(numbers[0])} to {int(numbers[-1])}."
             )
-        }  # fmt: skip
+        stays = torch.zeros(self.n_nodes, dtype=torch.bool)
+        stays[numbers] = True
+        by_target = stays.repeat_interleave(self.edges.row_lengths, output_size=len(self.edges.source))
+        return self._part(numbers, by_target & stays.index_select(0, self.edges.source))
+
+    def merge(self, groups: Mapping[str, Sequence[int]]) -> "AttributionGraph":
+        """Make one node of each group: rows and columns are summed, edges inside it go to `dropped` (see `merging`).
+
+        The group takes the place of its first member and the group's name as label. It keeps what its members share of
+        site ("" otherwise) and index (-1 otherwise); layer and position are the largest of theirs, activation and start
+        weight the sum.
+
+        Args:
+            groups: Node numbers by the group's name.
+
+        Raises:
+            ValueError: An empty group, nodes of different kinds in one, a node in two, or groups such that a path
+                leaves one and comes back.
+        """
+        firsts = merging.firsts_of_groups(self.n_nodes, groups)
+        labels = [*self.label]
+        for name, members in groups.items():
+            kinds = {Kind(kind).name for kind in self.kind[torch.as_tensor([*members])].tolist()}
+            if len(kinds) > 1:
+                raise ValueError(f"Group {name!r} has nodes of the kinds {sorted(kinds)}; group each kind by itself.")
+            labels[min(members)] = name
+        return self._merged(firsts, labels, self.pos)
+
+    def merge_positions(self, spans: Sequence[tuple[int, int]]) -> "AttributionGraph":
+        """Make one position of each span: there the same latents, a site's errors, and the tokens become one node each.
+
+        They stand at the span's last position. Sites keep their order, so that this never makes a circle.
+
+        Args:
+            spans: First position and the one after the last, of each span.
+
+        Raises:
+            ValueError: A span that is empty or outside the prompt, or two that overlap.
+        """
+        pos = merging.span_ends(len(self.tokens), spans)[self.pos]
+        labels, seen = [*self.label], dict[tuple[object, ...], int]()
+        firsts: list[int] = []
+        columns = (self.kind, self.layer, pos, self.index, self.stage)
+        for node, (kind, *place) in enumerate(zip(*(column.tolist() for column in columns), strict=True)):
+            token = kind == Kind.TOKEN
+            what = (kind, place[1]) if token else (kind, *place, self.site[node], self.label[node])
+            first = seen.setdefault(what, node)
+            firsts.append(first)
+            if token and first != node:
+                labels[first] += self.label[node]
+        return self._merged(torch.tensor(firsts, dtype=torch.int64), labels, pos)
+
+    def save(self, path: str | Path) -> None:
+        """Write the graph into one file, whole or not at all: safetensors, with all else as JSON in its header.
+
+        Args:
+            path: The file, of any name; its folder is created if missing.
+
+        Raises:
+            OSError: The disk is full or cannot be written; an earlier file stays as it was.
+        """
+        tensors = {name: getattr(self, name) for name in ("tokens", *_COLUMNS)}
+        tensors |= {f"edges.{name}": tensor for name, tensor in self.edges._asdict().items()}
+        described = {name: getattr(self, name) for name in _DESCRIBED} | {"checks": self.checks._asdict()}
+        write_graph(Path(path), tensors, described)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "AttributionGraph":
+        """Read what `save` wrote.
+
+        Args:
+            path: The file.
+
+        Raises:
+            FileNotFoundError: No such file.
+            ValueError: No graph, a damaged one, or one of a newer version.
+        """
+        tensors, described = read_graph(Path(path))
+        try:
+            edges = Edges(**{name: tensors.pop(f"edges.{name}") for name in Edges._fields})
+            checks = GraphChecks(**described.pop("checks"))
+            return cls(**tensors, **described, edges=edges, checks=checks)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise damaged(Path(path), f"{type(error).__name__}: {error}") from None
+
+    def to_networkx(self) -> "nx.DiGraph[int]":
+        """Give the graph to networkx: nodes by their number with their columns as attributes, edges with `weight`.
+
+        `kind` is its name. An attribute is missing where the column is NaN.
+
+        Raises:
+            ImportError: networkx is not installed.
+        """
+        columns = {name: getattr(self, name).tolist() for name in _COLUMNS}
+        columns |= {"kind": [Kind(kind).name for kind in columns["kind"]], "site": self.site, "label": self.label}
+        return networkx_graph(columns, self.edges)
+
+    def _influence(self) -> Float[Tensor, " node"]:
+        return influence.influence(self.edges, self.stage, self.start)
+
+    def _part(self, nodes: Int[Tensor, " kept"], keep: Bool[Tensor, " edge"], **changed: Any) -> "AttributionGraph":
+        """Keep nodes, ascending, and of the edges between them those that `keep` marks."""
+        lost = row_sums(self.edges, self.edges.weight * ~keep)
+        columns: dict[str, Any] = {name: getattr(self, name)[nodes] for name in _COLUMNS}
+        columns["dropped"] = (self.dropped.double() + lost)[nodes].to(self.dropped.dtype)
+        columns |= {name: [getattr(self, name)[node] for node in nodes.tolist()] for name in ("site", "label")}
+        return replace(self, **columns | changed, edges=renumbered(kept(self.edges, keep), nodes))
+
+    def _merged(
+        self, firsts: Int[Tensor, " node"], labels: Sequence[str], pos: Int[Tensor, " node"]
+    ) -> "AttributionGraph":
+        """Make one node of all that share a first one, and take its label."""
+        groups = merging.groups_of(firsts)
+        edges, inside = merging.merged_edges(self.edges, groups)
+        leaders: list[int] = groups.leaders.tolist()
+        spelt = sorted({*self.site})
+        site = groups.shared(torch.tensor([spelt.index(name) for name in self.site], dtype=torch.int64))
+        sums = {name: groups.total(getattr(self, name)) for name in ("activation", "start", "bias", "pre_activation")}
+        sums["dropped"] = groups.total(self.dropped) + inside
+        names = [labels[node] or self.describe(node) for node in leaders]
+        return replace(
+            self,
+            kind=self.kind[groups.leaders],
+            layer=groups.largest(self.layer),
+            pos=groups.largest(pos),
+            index=groups.shared(self.index),
+            stage=merging.stages_along(edges, groups.smallest(self.stage), names),
+            site=["" if number < 0 else spelt[number] for number in site.tolist()],
+            label=[labels[node] for node in leaders],
+            **{name: value.to(getattr(self, name).dtype) for name, value in sums.items()},
+            cumulative=groups.smallest(self.cumulative),
+            edges=edges,
+        )
+
+    def _check_columns(self) -> None:
+        lengths = {name: len(getattr(self, name)) for name in (*_COLUMNS, "site", "label")}
         if len({*lengths.values()}) > 1:
             raise ValueError(f"Every column of nodes needs one entry a node; their lengths are {lengths}.")
         n_pos = len(self.tokens)

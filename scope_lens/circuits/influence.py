@@ -1,0 +1,111 @@
+"""Influence: how much of the start targets' input runs through each node (Ameisen et al. 2025, "Circuit Tracing").
+
+A row's absolute weights, over their sum, are the shares in which a target's importance goes to its sources. Bias and
+`dropped` are no part of a row. Followed back along all paths,
+
+    I = w M + w M^2 + w M^3 + ...,    M[t, s] = |A[t, s]| / sum_s' |A[t, s']|,    w = start weights
+
+1. Edges run forward in stages, so one pass over the rows from the last stage to the first gives the whole series.
+2. `replacement` and `completeness` are the two scores that circuit-tracer made common.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from scope_lens.circuits.edges import Edges, row_blocks, row_sums
+
+_LEAST = 1e-10  # a row that sums to less counts for less
+
+
+def influence(edges: Edges, stage: Int[Tensor, " node"], start: Float[Tensor, " node"]) -> Float[Tensor, " node"]:
+    """I = w M + w M^2 + ..., in float64; the start weights themselves are not in it.
+
+    Args:
+        edges: Direct effects, each from a smaller to a larger stage.
+        stage: Place of every node in the order of the graph.
+        start: Start weight of every node.
+    """
+    received = torch.zeros(edges.n_nodes, dtype=torch.float64, device=start.device)
+    start = start.double()
+    for rows, span in _last_stage_first(edges, stage):
+        passed = shares(edges, rows, span) * _by_edge(start[rows] + received[rows], edges, rows, span)
+        received.index_add_(0, edges.source[span], passed)
+    return received
+
+
+def edge_influence(
+    edges: Edges, received: Float[Tensor, " node"], start: Float[Tensor, " node"]
+) -> Float[Tensor, " edge"]:
+    """M[t, s] (I_t + w_t) of every edge, in float64: what runs through it.
+
+    Args:
+        edges: Direct effects.
+        received: Their `influence`.
+        start: Start weight of every node.
+    """
+    through = received + start.double()
+    scores = torch.empty(len(edges.source), dtype=torch.float64, device=through.device)
+    for rows, span in row_blocks(edges, 0, edges.n_nodes):
+        scores[span] = shares(edges, rows, span) * _by_edge(through[rows], edges, rows, span)
+    return scores
+
+
+def shares(edges: Edges, rows: slice, span: slice) -> Float[Tensor, " some_edges"]:
+    """M[t, s] of the edges `span`, which are the whole rows `rows`, in float64."""
+    size = edges.weight[span].double().abs_()
+    total = torch.segment_reduce(size, "sum", lengths=edges.row_lengths[rows])
+    return size.div_(_by_edge(total.clamp(min=_LEAST), edges, rows, span))
+
+
+def replacement(
+    received: Float[Tensor, " node"], *, token: Bool[Tensor, " node"], missed: Bool[Tensor, " node"]
+) -> float:
+    """I(tokens) / (I(tokens) + I(missed)); NaN where neither has influence.
+
+    Args:
+        received: `influence`.
+        token: Which nodes are tokens.
+        missed: Which nodes are errors, or latents that were folded.
+    """
+    tokens, others = float(received[token].sum()), float(received[missed].sum())
+    return tokens / (tokens + others) if tokens + others > 0 else float("nan")
+
+
+def completeness(
+    edges: Edges,
+    received: Float[Tensor, " node"],
+    start: Float[Tensor, " node"],
+    *,
+    missed: Bool[Tensor, " node"],
+) -> float:
+    """sum_t (I_t + w_t) (1 - sum_{s missed} M[t, s]) / sum_t (I_t + w_t), over all nodes.
+
+    Args:
+        edges: Direct effects.
+        received: Their `influence`.
+        start: Start weight of every node.
+        missed: Which nodes are errors, or latents that were folded.
+    """
+    through = received + start.double()
+    size = edges.weight.abs()
+    lost = row_sums(edges, size * missed.index_select(0, edges.source)) / row_sums(edges, size).clamp(min=_LEAST)
+    total = float(through.sum())
+    return float(((1 - lost) * through).sum()) / total if total > 0 else float("nan")
+
+
+def _by_edge(value: Tensor, edges: Edges, rows: slice, span: slice) -> Tensor:
+    return value.repeat_interleave(edges.row_lengths[rows], output_size=span.stop - span.start)
+
+
+def _last_stage_first(edges: Edges, stage: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Blocks of rows of one stage that lie together, the last stage first: what a row passes on has then arrived."""
+    rows = (edges.row_lengths > 0).nonzero()[:, 0]
+    rows = rows[stage[rows].argsort(descending=True, stable=True)]
+    apart = (edges.row_start[rows[1:]] != edges.row_start[rows[:-1] + 1]) | (stage[rows].diff() != 0)
+    firsts = torch.cat([rows[:1], rows[1:][apart]]).tolist()
+    lasts = torch.cat([rows[:-1][apart], rows[-1:]]).tolist()
+    for first, last in zip(firsts, lasts, strict=True):
+        yield from row_blocks(edges, first, last + 1)

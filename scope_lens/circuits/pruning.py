@@ -1,0 +1,116 @@
+"""Pruning: the nodes, and between them the edges, that hold most of the influence.
+
+The definition is that of circuit-tracer (Hanna and Piotrowski, after Ameisen et al. 2025), so that results compare:
+
+1. Nodes by influence, most influential first, until their sum reaches `node_mass` of all influence; ties stay together.
+   Tokens and start targets stay whatever they have.
+2. Rows are normalised again over what is left, and edges stay by M[t, s] (I_t + w_t) until they reach `edge_mass`.
+3. Latents and errors that lead nowhere any more go, and so do latents that lost every input, until none does.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from scope_lens.circuits.edges import Edges, kept, targets_of
+from scope_lens.circuits.influence import edge_influence, influence
+
+
+class Pruned(NamedTuple):
+    """What stays.
+
+    Attributes:
+        nodes: Which nodes.
+        edges: Which edges; both their ends stay.
+        cumulative: Share of all influence held by the nodes up to this one, most influential first, in float64.
+    """
+
+    nodes: Bool[Tensor, " node"]
+    edges: Bool[Tensor, " edge"]
+    cumulative: Float[Tensor, " node"]
+
+
+def prune(
+    edges: Edges,
+    stage: Int[Tensor, " node"],
+    start: Float[Tensor, " node"],
+    *,
+    always: Bool[Tensor, " node"],
+    fed: Bool[Tensor, " node"],
+    node_mass: float,
+    edge_mass: float,
+) -> Pruned:
+    """Choose the nodes and edges that stay.
+
+    Args:
+        edges: Direct effects.
+        stage: Place of every node in the order of the graph.
+        start: Start weight of every node.
+        always: Nodes that stay whatever they have.
+        fed: Nodes that go when they have no edge into them.
+        node_mass: Share of all influence that the nodes which stay reach, from 0 to 1; 1 keeps all.
+        edge_mass: The same of edges.
+
+    Raises:
+        ValueError: A mass that is no share.
+    """
+    for name, mass in (("node_mass", node_mass), ("edge_mass", edge_mass)):
+        if not 0 <= mass <= 1:
+            raise ValueError(f"{name} is a share of all influence, from 0 to 1; it is {mass}.")
+    received = influence(edges, stage, start)
+    nodes = holds_mass(received, node_mass) | always
+    by_target = nodes.repeat_interleave(edges.row_lengths, output_size=len(edges.source))
+    between = by_target & nodes.index_select(0, edges.source)
+    inner = kept(edges, between)
+    scores = edge_influence(inner, influence(inner, stage, start), start)
+    chosen = holds_mass(scores, edge_mass)
+    nodes = _connected(nodes, inner.source[chosen], targets_of(inner)[chosen], always=always, fed=fed)
+    chosen &= nodes.index_select(0, inner.source) & nodes.index_select(0, targets_of(inner))
+    return Pruned(nodes, between.masked_scatter(between, chosen), cumulative(received))
+
+
+def holds_mass(scores: Float[Tensor, " score"], mass: float) -> Bool[Tensor, " score"]:
+    """Mark the largest scores that together reach `mass` of the sum, ties included; all where `mass` is 1.
+
+    No score of zero is marked otherwise.
+
+    Args:
+        scores: None negative.
+        mass: Share of their sum.
+    """
+    if mass == 1:
+        return torch.ones_like(scores, dtype=torch.bool)
+    if not bool((scores > 0).any()):
+        return torch.zeros_like(scores, dtype=torch.bool)
+    # Only the scores near the threshold are sorted: the leading bits of a positive float order it among the others.
+    bins = scores.float().view(torch.int32) >> 16
+    from_above = torch.bincount(bins, weights=scores.double()).flip(0).cumsum(0).flip(0)
+    goal = mass * float(from_above[0])
+    at = int((from_above >= goal).nonzero()[-1])
+    near = scores[bins == at].double().sort(descending=True).values
+    above = float(from_above[at + 1]) if at + 1 < len(from_above) else 0.0
+    number = int(torch.searchsorted(above + near.cumsum(0), goal))
+    threshold = near[min(number, len(near) - 1)]
+    return (scores >= threshold) & (scores > 0)
+
+
+def cumulative(scores: Float[Tensor, " score"]) -> Float[Tensor, " score"]:
+    """Share of the sum held by the scores up to each one, the largest first; NaN where all are zero."""
+    ordered, order = scores.double().sort(descending=True, stable=True)
+    return torch.empty_like(ordered).index_copy_(0, order, ordered.cumsum(0) / ordered.sum())
+
+
+def _connected(nodes: Tensor, source: Tensor, target: Tensor, *, always: Tensor, fed: Tensor) -> Tensor:
+    """Take away nodes without an edge out of them, and fed ones without an edge into them, until none is left."""
+    while True:
+        leads, gets = torch.zeros_like(nodes), torch.zeros_like(nodes)
+        leads[source.long()] = True
+        gets[target.long()] = True
+        left = nodes & (always | (leads & (gets | ~fed)))
+        if torch.equal(left, nodes):
+            return nodes
+        nodes = left
+        alive = nodes.index_select(0, source) & nodes.index_select(0, target)
+        source, target = source[alive], target[alive]
