@@ -5,6 +5,7 @@
    one writes reaches later ones alone.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ from scope_lens.sae import HookedSAE
 from scope_lens.sites import check_fits, layer_of
 from scope_lens.special_tokens import special_token_ids, untrained_positions
 
+_RESIDUAL = re.compile(r"hook_embed|blocks\.\d+\.hook_resid_(pre|mid|post)")
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Place:
@@ -28,7 +31,9 @@ class Place:
         layer: The layer its output belongs to; -1 for the embeddings.
         reads: One hook name of what the encoder reads, the same for every spelling of the site.
         writes: One hook name of what the decoder writes; equal to `reads` for an autoencoder.
-        trained: Where the dictionary is spliced. Elsewhere the site is not cut, and a skip term does not apply.
+        trained: Where the dictionary is spliced. Elsewhere it writes nothing, and a skip term does not apply.
+        passes: What becomes of the site where it is not trained. True for the residual stream and the embeddings, which
+            flow on; False for outputs of attention and MLP, which are constants there.
     """
 
     sae: HookedSAE
@@ -37,6 +42,7 @@ class Place:
     reads: str
     writes: str
     trained: Bool[Tensor, " pos"]
+    passes: bool
 
 
 def hook_names(bridge: TransformerBridge, sae: HookedSAE) -> tuple[str, str]:
@@ -85,6 +91,7 @@ def places_of(
         by_write[writes] = sae
     wanted = {kind for sae in saes for kind in sae.cfg.untrained}
     special = special_token_ids(bridge, chat_prefix="chat_prefix" in wanted)
+    sites = attachments_of(bridge).sites
     places: list[Place] = []
     for reads, writes in sorted(names, key=lambda pair: order[pair[1]]):
         sae = by_write[writes]
@@ -96,6 +103,7 @@ def places_of(
                 layer=-1 if layer is None else layer,
                 reads=reads,
                 writes=writes,
+                passes=any(_RESIDUAL.fullmatch(name) for name in sites.names(sites.resolve(bridge, writes))),
                 trained=~untrained_positions(tokens, special, sae.cfg.untrained)[0],
             )
         )

@@ -31,7 +31,7 @@ class ThroughAutograd(LinearModel):
     Args:
         bridge: The model, with nothing attached.
         tokens: The prompt.
-        seen: What one clean forward pass showed at the frozen points and at `hook_embed`.
+        seen: What one clean forward pass showed at the frozen points, at `hook_embed` and where dictionaries write.
         places: The dictionaries.
         dtype: What it is computed in; a model of another dtype is copied.
     """
@@ -50,6 +50,9 @@ class ThroughAutograd(LinearModel):
             bridge = attachments_of(bridge).deepcopy_bridge(bridge, {}).to(dtype)
         self._bridge, self._tokens, self._dtype = bridge, tokens, dtype
         self._constants = {name: seen[name].to(dtype) for name in frozen_points(bridge)}
+        self._kept = [
+            flat_activation(seen[place.writes], place.sae.cfg.d_out, place.writes).to(dtype) for place in places
+        ]
         self._embed = seen[EMBED].to(dtype)
         self._leaves: dict[int, Tensor] = {}
         self._readers: dict[int, Tensor] = {}
@@ -117,7 +120,8 @@ class ThroughAutograd(LinearModel):
                     leaf = (flowing - skip).detach()
                 if torch.is_grad_enabled():
                     leaves[place.stage] = leaf.requires_grad_()
-                return torch.where(trained, leaf + skip, flowing).reshape(tensor.shape)
+                untrained = flowing if place.passes else self._kept[place.stage]
+                return torch.where(trained, leaf + skip, untrained).reshape(tensor.shape)
 
             return [(place.reads, read), (place.writes, write)]
 
