@@ -6,7 +6,7 @@ Llama; `ThroughAutograd` takes it from the bridge, for every architecture.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -37,6 +37,7 @@ class Stream(NamedTuple):
 Absorb = Callable[[int, int, Float[Tensor, "pos row d_out"]], None]
 
 
+@runtime_checkable
 class LinearModel(Protocol):
     """The affine map of one prompt."""
 
