@@ -4,188 +4,39 @@ Every source is one row of a batch that runs through the model with its patterns
 at their clean values; a last row carries all constants. What a target reads of a row is that source's edge, so nothing
 is differentiated and nothing swept backwards.
 
-1. `network_of` writes a Gemma 2, Gemma 3, Llama or GPT-2 out as matrices.
-2. `_Pass` walks them twice: cleanly (one row, recording the constants) and linearly (a row for each source).
-3. `trace` reads the second walk into an adjacency matrix over `Node`s.
-4. `influence`, `scores` and `pruned` are the peer's definitions on a dense matrix, by a linear solve.
+1. `Dictionary` and `point_name`: arrays, and which point of the walk a hook name means.
+2. `trace` walks the model twice, cleanly and a row for each source, and reads off the adjacency matrix.
+3. `influence`, `scores` and `pruned` are the peer's definitions on a dense matrix, by a linear solve.
 """
 
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, silu
 from transformers import PreTrainedModel
+from written_out_models import Pass, network_of
 
 LATENT, ERROR, TOKEN, LOGIT, DIRECTION = "LATENT", "ERROR", "TOKEN", "LOGIT", "DIRECTION"
 
 
 class Node(NamedTuple):
-    """What identifies a node: the kind's name, the hook the dictionary writes (its own spelling), and where."""
+    """What identifies a node: the kind's name, the hook the dictionary writes (its own spelling), and where.
+
+    `label` tells directions apart; the others have none.
+    """
 
     kind: str
     site: str
     layer: int
     pos: int
     index: int
+    label: str = ""
 
 
-# ---- 1. the model as matrices ----
-
-
-class Affine(NamedTuple):
-    weight: Tensor  # (in, out)
-    bias: Tensor | None = None
-
-    def __call__(self, x: Tensor, one: Tensor) -> Tensor:
-        y = x @ self.weight
-        return y if self.bias is None else y + one * self.bias
-
-
-class Norm(NamedTuple):
-    gain: Tensor
-    shift: Tensor | None
-    eps: float
-    centred: bool
-
-
-class Attention(NamedTuple):
-    query: Affine
-    key: Affine
-    value: Affine
-    out: Affine
-    query_norm: Norm | None
-    key_norm: Norm | None
-    heads: int
-    kv_heads: int
-    width: int  # of one head
-    scale: float
-    cap: float | None
-    window: int | None
-    theta: float | None  # None: no rotation
-
-
-class Layer(NamedTuple):
-    ln1: Norm
-    attention: Attention
-    ln1_post: Norm | None
-    ln2: Norm
-    mlp: Callable[[Tensor], Tensor]
-    ln2_post: Norm | None
-
-
-class Network(NamedTuple):
-    embed: Tensor  # (vocab, d_model), with Gemma's scale
-    positions: Tensor | None
-    layers: list[Layer]
-    final: Norm
-    unembed: Tensor  # (d_model, vocab)
-    cap: float | None
-
-
-def network_of(hf: PreTrainedModel) -> Network:
-    """Write out a Hugging Face model in float64."""
-    weights = {name: value.detach().double() for name, value in hf.state_dict().items()}
-    return _gpt2(hf.config, weights) if hf.config.model_type == "gpt2" else _rotary(hf.config, weights)
-
-
-def _rotary(config, weights: Mapping[str, Tensor]) -> Network:
-    gemma = config.model_type.startswith("gemma")
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    scale = (config.query_pre_attn_scalar if gemma else width) ** -0.5
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-
-    def norm(name: str) -> Norm | None:
-        gain = weights.get(f"{name}.weight")
-        return None if gain is None else Norm(gain + 1 if gemma else gain, None, config.rms_norm_eps, centred=False)
-
-    def linear(name: str) -> Affine:
-        return Affine(weights[f"{name}.weight"].T, weights.get(f"{name}.bias"))
-
-    def mlp(name: str) -> Callable[[Tensor], Tensor]:
-        gate, up, down = (linear(f"{name}.{part}_proj") for part in ("gate", "up", "down"))
-        one = torch.ones((), dtype=torch.float64)
-        bend = (lambda x: gelu(x, approximate="tanh")) if gemma else silu
-        return lambda x: down(bend(gate(x, one)) * up(x, one), one)
-
-    layers: list[Layer] = []
-    for number, kind in enumerate(kinds):
-        p = f"model.layers.{number}"
-        rope = config.rope_parameters
-        attention = Attention(
-            *(linear(f"{p}.self_attn.{part}_proj") for part in "qkvo"),
-            query_norm=norm(f"{p}.self_attn.q_norm"),
-            key_norm=norm(f"{p}.self_attn.k_norm"),
-            heads=config.num_attention_heads,
-            kv_heads=config.num_key_value_heads,
-            width=width,
-            scale=scale,
-            cap=getattr(config, "attn_logit_softcapping", None),
-            window=config.sliding_window if kind == "sliding_attention" else None,
-            theta=(rope.get(kind) or rope)["rope_theta"],
-        )
-        # Llama's "post_attention_layernorm" is the norm before the MLP; Gemma has both kinds.
-        before_mlp = norm(f"{p}.pre_feedforward_layernorm" if gemma else f"{p}.post_attention_layernorm")
-        after_attention = norm(f"{p}.post_attention_layernorm") if gemma else None
-        after_mlp = norm(f"{p}.post_feedforward_layernorm")
-        first = norm(f"{p}.input_layernorm")
-        assert first is not None
-        assert before_mlp is not None
-        layers.append(Layer(first, attention, after_attention, before_mlp, mlp(f"{p}.mlp"), after_mlp))
-    embed = weights["model.embed_tokens.weight"]
-    final = norm("model.norm")
-    assert final is not None
-    return Network(
-        embed=embed * math.sqrt(config.hidden_size) if gemma else embed,
-        positions=None,
-        layers=layers,
-        final=final,
-        unembed=weights["lm_head.weight"].T,
-        cap=getattr(config, "final_logit_softcapping", None),
-    )
-
-
-def _gpt2(config, weights: Mapping[str, Tensor]) -> Network:
-    width = config.n_embd // config.n_head
-
-    def norm(name: str) -> Norm:
-        return Norm(weights[f"{name}.weight"], weights[f"{name}.bias"], config.layer_norm_epsilon, centred=True)
-
-    def linear(name: str) -> Affine:
-        return Affine(weights[f"{name}.weight"], weights[f"{name}.bias"])
-
-    def mlp(name: str) -> Callable[[Tensor], Tensor]:
-        up, down, one = linear(f"{name}.c_fc"), linear(f"{name}.c_proj"), torch.ones((), dtype=torch.float64)
-        return lambda x: down(gelu(up(x, one), approximate="tanh"), one)
-
-    layers: list[Layer] = []
-    for number in range(config.n_layer):
-        p = f"transformer.h.{number}"
-        joint = linear(f"{p}.attn.c_attn")
-        assert joint.bias is not None
-        thirds = zip(joint.weight.chunk(3, dim=1), joint.bias.chunk(3), strict=True)
-        query, key, value = (Affine(weight, bias) for weight, bias in thirds)
-        attention = Attention(
-            query, key, value, linear(f"{p}.attn.c_proj"), None, None,
-            heads=config.n_head, kv_heads=config.n_head, width=width, scale=width**-0.5,
-            cap=None, window=None, theta=None,
-        )  # fmt: skip
-        layers.append(Layer(norm(f"{p}.ln_1"), attention, None, norm(f"{p}.ln_2"), mlp(f"{p}.mlp"), None))
-    return Network(
-        embed=weights["transformer.wte.weight"],
-        positions=weights["transformer.wpe.weight"],
-        layers=layers,
-        final=norm("transformer.ln_f"),
-        unembed=weights["lm_head.weight"].T,
-        cap=None,
-    )
-
-
-# ---- 2. the two walks ----
+# ---- 1. dictionaries ----
 
 
 @dataclass
@@ -223,6 +74,10 @@ class Dictionary:
         y = acts @ self.arrays["W_dec"] + self.arrays["b_dec"]
         return y + x @ self.arrays["W_skip"] if "W_skip" in self.arrays else y
 
+    def read(self, walk: Pass) -> Tensor:
+        """What reaches the encoder: an autoencoder's own site before it is cut, any other site as it flows on."""
+        return (walk.seen if self.reads == self.writes else walk.left)[self.reads]
+
 
 # TransformerLens' canonical names for the sites of the walk, in a layer with and without norms behind the two halves.
 _CANONICAL = {
@@ -245,106 +100,7 @@ def point_name(hook: str, *, post_norms: bool) -> str:
     return f"{layer}.{_CANONICAL.get(rest, rest)}"
 
 
-class _Pass:
-    """One walk. Tensors are (row, pos, width); `one` is 1 in the row that carries constants."""
-
-    def __init__(self, net: Network, tokens: Tensor, one: Tensor, kept: dict[str, Tensor] | None) -> None:
-        self.net, self.tokens, self.one = net, tokens, one
-        self.linear = kept is not None
-        self.kept: dict[str, Tensor] = {} if kept is None else kept
-        self.seen: dict[str, Tensor] = {}
-        self.order: list[str] = []
-        self.cut: Callable[[str, Tensor], Tensor] = lambda name, x: x
-
-    def keep(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
-        if not self.linear:
-            self.kept[name] = compute()[0]
-        return self.kept[name]
-
-    def point(self, name: str, x: Tensor) -> Tensor:
-        self.seen[name] = x
-        self.order.append(name)
-        return self.cut(name, x)
-
-    def norm(self, name: str, x: Tensor, norm: Norm) -> Tensor:
-        if norm.centred:
-            x = x - x.mean(-1, keepdim=True)
-        rms = self.keep(f"{name}.scale", lambda: _root_mean_square(x, norm.eps))
-        x = self.point(f"{name}.hook_normalized", x / rms)
-        x = x * norm.gain
-        if norm.shift is not None:
-            x = x + self.one * norm.shift
-        return self.point(f"{name}.hook_out", x)
-
-    def attention(self, name: str, x: Tensor, a: Attention) -> Tensor:
-        pattern = self.keep(f"{name}.pattern", lambda: _pattern(x, self.one, a))
-        values = _heads(a.value(x, self.one), a.kv_heads).repeat_interleave(a.heads // a.kv_heads, dim=1)
-        z = (pattern @ values).transpose(1, 2).flatten(2)
-        return a.out(self.point(f"{name}.hook_z", z), self.one)
-
-    def run(self, embed: Tensor) -> Tensor:
-        """What the final norm gives."""
-        x = self.point("hook_embed", embed)
-        if self.net.positions is not None:
-            x = x + self.one * self.net.positions[: len(self.tokens)]
-        for number, layer in enumerate(self.net.layers):
-            b = f"blocks.{number}"
-            x = self.point(f"{b}.hook_resid_pre", x)
-            y = self.attention(f"{b}.attn", self.norm(f"{b}.ln1", x, layer.ln1), layer.attention)
-            if layer.ln1_post is not None:
-                y = self.norm(f"{b}.ln1_post", y, layer.ln1_post)
-            x = x + self.point(f"{b}.hook_attn_out", y)
-            self.point(f"{b}.hook_resid_mid", x)
-            y = self.one * self.keep(f"{b}.mlp", lambda x=x, b=b, layer=layer: self._mlp(b, x, layer))
-            if self.linear:
-                self.norm(f"{b}.ln2", x, layer.ln2)  # transcoders read it
-            x = x + self.point(f"{b}.hook_mlp_out", y)
-            x = self.point(f"{b}.hook_resid_post", x)
-        return self.norm("ln_final", x, self.net.final)
-
-    def _mlp(self, b: str, x: Tensor, layer: Layer) -> Tensor:
-        y = layer.mlp(self.norm(f"{b}.ln2", x, layer.ln2))
-        return y if layer.ln2_post is None else self.norm(f"{b}.ln2_post", y, layer.ln2_post)
-
-
-def _root_mean_square(x: Tensor, eps: float) -> Tensor:
-    return (x.square().mean(-1, keepdim=True) + eps).sqrt()
-
-
-def _heads(x: Tensor, heads: int) -> Tensor:
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def _rotated(x: Tensor, theta: float) -> Tensor:
-    """Rotary position embedding with float64 tables: pairs are (i, i + width / 2)."""
-    half = x.shape[-1] // 2
-    angle = torch.arange(x.shape[-2], dtype=torch.float64)[:, None] * theta ** (
-        -torch.arange(half, dtype=torch.float64) / half
-    )
-    first, second = x[..., :half], x[..., half:]
-    return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], dim=-1)
-
-
-def _pattern(x: Tensor, one: Tensor, a: Attention) -> Tensor:
-    def part(affine: Affine, heads: int, norm: Norm | None) -> Tensor:
-        y = _heads(affine(x, one), heads)
-        if norm is not None:
-            y = y / _root_mean_square(y, norm.eps) * norm.gain
-        return y if a.theta is None else _rotated(y, a.theta)
-
-    query = part(a.query, a.heads, a.query_norm)
-    key = part(a.key, a.kv_heads, a.key_norm).repeat_interleave(a.heads // a.kv_heads, dim=1)
-    scores = query @ key.transpose(-1, -2) * a.scale
-    if a.cap is not None:
-        scores = torch.tanh(scores / a.cap) * a.cap
-    i = torch.arange(x.shape[1])
-    hidden = i[None] > i[:, None]
-    if a.window is not None:
-        hidden = hidden | (i[:, None] - i[None] >= a.window)
-    return scores.masked_fill(hidden, -torch.inf).softmax(-1)
-
-
-# ---- 3. the graph ----
+# ---- 2. the graph ----
 
 
 class OracleGraph(NamedTuple):
@@ -384,7 +140,7 @@ def trace(
     dictionaries: Sequence[Dictionary],
     *,
     logits: Sequence[tuple[int, int]] = (),
-    directions: Sequence[tuple[int, Tensor]] = (),
+    directions: Sequence[tuple[str, int, Tensor]] = (),
     latents: Sequence[tuple[str, int, int]] = (),
     attention_at_untrained: Literal["constant", "passes"] = "constant",
 ) -> OracleGraph:
@@ -395,7 +151,7 @@ def trace(
         tokens: (pos,) ids.
         dictionaries: At most one for each point written.
         logits: (position, vocabulary id) of each logit target.
-        directions: (position, vector at the final norm's output); numbered in the node's `index`.
+        directions: (label, position, vector at the final norm's output).
         latents: (site, position, latent) that are nodes though they may be silent.
         attention_at_untrained: Whether attention that has a dictionary is a constant at untrained positions, as MLP
             outputs are everywhere, or passes through there as the residual stream does.
@@ -403,7 +159,7 @@ def trace(
     net = network_of(hf)
     n_layers, length = len(net.layers), len(tokens)
     embed = net.embed[tokens]
-    clean = _Pass(net, tokens, torch.ones(1, 1, 1, dtype=torch.float64), None)
+    clean = Pass(net, tokens, torch.ones(1, 1, 1, dtype=torch.float64), None)
     final = clean.run(embed[None])[0]
     flowed = {name: value[0] for name, value in clean.seen.items()}
     raw = final @ net.unembed
@@ -437,7 +193,7 @@ def trace(
 
     one = torch.zeros(sources + 1, 1, 1, dtype=torch.float64)
     one[-1] = 1
-    walk = _Pass(net, tokens, one, clean.kept)
+    walk = Pass(net, tokens, one, clean.kept)
     at = {d.writes: d for d in dictionaries}
     assert len(at) == len(dictionaries)
 
@@ -447,7 +203,7 @@ def trace(
         d = at[name]
         out = one * d.arrays["b_dec"].expand(length, -1)
         if "W_skip" in d.arrays:
-            out = out + walk.seen[d.reads] @ d.arrays["W_skip"]
+            out = out + d.read(walk) @ d.arrays["W_skip"]
         for node in by_site[name]:
             out[row[node], node.pos] += written[node]
         if attention_at_untrained == "constant" and name.endswith(("attn.hook_z", "hook_attn_out")):
@@ -459,13 +215,13 @@ def trace(
     for node in token_nodes:
         start[row[node], node.pos] = written[node]
     last = walk.run(start)
-    for name in (*(name for name in walk.seen if name not in at), "ln_final.hook_out"):
+    for name in walk.seen:
         torch.testing.assert_close(walk.seen[name].sum(0), flowed[name], rtol=1e-9, atol=1e-9)
 
     columns: dict[Node, Tensor] = {}  # target -> its value in every row
     for d in dictionaries:
         constant = d.arrays["b_enc"] - (d.arrays["b_dec"] @ d.arrays["W_enc"] if d.pre_encoder_bias else 0.0)
-        seen = walk.seen[d.reads] @ d.arrays["W_enc"] + one * constant
+        seen = d.read(walk) @ d.arrays["W_enc"] + one * constant
         for node in by_site[d.writes]:
             if node.kind == LATENT:
                 columns[node] = seen[:, node.pos, node.index]
@@ -475,8 +231,8 @@ def trace(
         columns[node] = last[:, node.pos] @ (net.unembed[:, token] - net.unembed.mean(1))
         activation[node] = probabilities[node.pos, token].item()
         nodes.append(node)
-    for number, (pos, vector) in enumerate(directions):
-        node = Node(DIRECTION, "ln_final.hook_out", n_layers, pos % length, -1 - number)
+    for label, pos, vector in directions:
+        node = Node(DIRECTION, "ln_final.hook_out", n_layers, pos % length, -1, label)
         columns[node] = last[:, node.pos] @ vector.double()
         activation[node] = 1.0
         nodes.append(node)
@@ -500,7 +256,7 @@ def top_logits(graph: OracleGraph, *, mass: float = 0.95, at_most: int = 10) -> 
     return [(len(graph.logits) - 1, int(token)) for token in tokens[: min(count, at_most)]]
 
 
-# ---- 4. the peer's measures on a dense matrix ----
+# ---- 3. the peer's measures on a dense matrix ----
 
 
 def influence(adjacency: Tensor, start: Tensor) -> Tensor:
