@@ -9,7 +9,7 @@ of what is written into it. Attribution (`attribution`) and interventions with `
 """
 
 import warnings
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal, get_args
 
@@ -43,7 +43,7 @@ def frozen_points(bridge: TransformerBridge, parts: Collection[Part] = PARTS) ->
 
 @torch.no_grad()
 def record(
-    bridge: TransformerBridge, tokens: Int[Tensor, "1 pos"], names: Iterable[str]
+    bridge: TransformerBridge, tokens: Int[Tensor, "1 pos"], names: Iterable[str], *, hooks: Sequence[NamedHook] = ()
 ) -> tuple[Float[Tensor, "1 pos d_vocab"], dict[str, Tensor]]:
     """Logits of one forward pass and what flowed at the named hook points, as the model's other hooks left it.
 
@@ -51,6 +51,7 @@ def record(
         bridge: The model; what is attached to it stays attached.
         tokens: One prompt.
         names: Hook names.
+        hooks: Hooks of this pass alone, which fire before what flows is read; e.g. `float64.exact_hooks`.
     """
     seen: dict[str, Tensor] = {}
 
@@ -61,7 +62,7 @@ def record(
         return name, hook
 
     with norm_edits_expected():
-        logits = bridge.run_with_hooks(tokens, fwd_hooks=[note(name) for name in names], use_cache=False)
+        logits = bridge.run_with_hooks(tokens, fwd_hooks=[*hooks, *(note(name) for name in names)], use_cache=False)
     return logits.detach(), seen
 
 
