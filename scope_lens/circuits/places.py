@@ -18,6 +18,8 @@ from scope_lens.sae import HookedSAE
 from scope_lens.sites import check_fits, layer_of
 from scope_lens.special_tokens import special_token_ids, untrained_positions
 
+EMBED = "hook_embed"  # where tokens write
+FINAL = "ln_final.hook_out"  # where logits and directions read
 _RESIDUAL = re.compile(r"hook_embed|blocks\.\d+\.hook_resid_(pre|mid|post)")
 
 

@@ -1,13 +1,13 @@
-"""From gradients to compressed rows: the edges of all targets read at one position, then of all positions.
+"""From gradients to compressed rows: the edges of targets that are read at one position.
 
-1. `edges_of` sweeps the targets of one position. As each stage's gradient arrives, one matrix product a position gives
-   the edges from what the stage wrote there.
-2. `Piece`s are the rows of one reader, without zeros.
-3. `assemble` puts them in the order of the nodes.
+1. `batches` cuts the targets of each position into sweeps, the latest readers first.
+2. `edges_of` sweeps one of them. As each stage's gradient arrives, one matrix product a position gives the edges from
+   all that the stage wrote there.
+3. `Piece`s are rows of one reader without zeros; `assemble` puts all of them in the order of the nodes.
 """
 
-from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Iterator, Mapping
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,19 @@ from torch import Tensor
 
 from scope_lens.circuits.edges import Edges
 from scope_lens.circuits.linear import TOKENS, LinearModel
-from scope_lens.circuits.sources import Numbering, Written
+from scope_lens.circuits.sources import Sources
+
+
+class Ends(NamedTuple):
+    """The logits and directions of a graph, in the order of their nodes.
+
+    Attributes:
+        pos: Where each is read.
+        vectors: What each reads at the final norm's output.
+    """
+
+    pos: Int[Tensor, " end"]
+    vectors: Float[Tensor, "end d_model"]
 
 
 class Reads(NamedTuple):
@@ -25,7 +37,7 @@ class Reads(NamedTuple):
 
     Attributes:
         nodes: Their numbers, ascending.
-        vectors: What they read, (row, d).
+        vectors: What they read.
     """
 
     nodes: Int[Tensor, " row"]
@@ -33,110 +45,152 @@ class Reads(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Compressed rows.
+    """Compressed rows of targets of one reader and position.
 
     Attributes:
         rows: Node of each row, ascending.
         lengths: Edges of each row.
         source: Node of every edge's source, int32, ascending within a row.
-        weight: Direct effect.
-        total: Sum of each row.
-        size: Sum of each row's absolute values.
+        weight: Direct effect of every edge.
     """
 
     rows: Int[Tensor, " row"]
     lengths: Int[Tensor, " row"]
     source: Int[Tensor, " edge"]
     weight: Float[Tensor, " edge"]
-    total: Float[Tensor, " row"]
-    size: Float[Tensor, " row"]
 
 
-def edges_of(
-    linear: LinearModel,
-    parts: Sequence[Written],
-    embed: Float[Tensor, "pos d_model"],
-    numbering: Numbering,
-    *,
-    pos: int,
-    reads: Mapping[int, Reads],
-) -> list[Piece]:
-    """Sweep the targets of one position.
+def batches(
+    sources: Sources, latents: Int[Tensor, " row"], ends: Ends | None, *, at_once: int
+) -> Iterator[tuple[int, dict[int, Reads]]]:
+    """Cut targets into sweeps: the position of each, and its targets by the stage of their reader.
+
+    Args:
+        sources: All that writes.
+        latents: Nodes of the latents that are targets, ascending.
+        ends: The logits and directions; None for none.
+        at_once: Targets of a sweep, at most.
+    """
+    by_stage = [latents[(latents >= first) & (latents < end)] - first for first, end in pairwise(sources.first_latent)]
+    for pos in range(sources.n_pos):
+        batch: dict[int, Reads] = {}
+        room = at_once
+        for stage in range(len(sources.parts), -1, -1):
+            if stage == len(sources.parts):
+                here = latents[:0] if ends is None else (ends.pos == pos).nonzero()[:, 0]
+            else:
+                here = by_stage[stage][sources.parts[stage].pos[by_stage[stage]] == pos]
+            while len(here):
+                batch[stage] = _reads(sources, stage, here[:room], ends)
+                room, here = room - len(batch[stage].nodes), here[room:]
+                if room == 0:
+                    yield pos, batch
+                    batch, room = {}, at_once
+        if batch:
+            yield pos, batch
+
+
+def _reads(sources: Sources, stage: int, here: Int[Tensor, " row"], ends: Ends | None) -> Reads:
+    if stage < len(sources.parts):
+        return Reads(sources.first_latent[stage] + here, sources.parts[stage].encoder_rows(here))
+    assert ends is not None
+    return Reads(sources.n_nodes + here, ends.vectors[here])
+
+
+def edges_of(linear: LinearModel, sources: Sources, *, pos: int, reads: Mapping[int, Reads]) -> list[Piece]:
+    """Sweep some targets of one position.
 
     Args:
         linear: The linear model.
-        parts: What the dictionaries write, by stage.
-        embed: What the tokens write.
-        numbering: The nodes of the sources.
+        sources: All that writes.
         pos: Where the targets read.
         reads: The targets by the stage of their reader.
     """
     readers = sorted(reads, reverse=True)
-    highest = parts[: readers[0]]
+    parts, embed = sources.parts, sources.embed
     # Columns: the tokens up to here, then what each stage wrote up to here.
-    ends = list(accumulate([part.starts[pos + 1] for part in highest], initial=pos + 1))
-    nodes = torch.cat(
+    lengths = [part.starts[pos + 1] for part in parts[: readers[0]]]
+    begins = list(accumulate(lengths, initial=pos + 1))
+    columns = torch.cat(
         [
-            numbering.tokens + torch.arange(pos + 1, device=embed.device),
-            *(numbering.vectors[stage][: part.starts[pos + 1]] for stage, part in enumerate(highest)),
+            sources.first_token + torch.arange(pos + 1, device=embed.device),
+            *(nodes[:length] for nodes, length in zip(sources.nodes, lengths, strict=False)),
         ]
     )
-    block = embed.new_zeros(sum(len(found.nodes) for found in reads.values()), ends[-1])
+    block = embed.new_zeros(sum(len(found.nodes) for found in reads.values()), len(columns))
 
     def absorb(stage: int, rows: int, gradient: Float[Tensor, "reached row d_out"]) -> None:
+        reached = len(gradient)
         if stage == TOKENS:
-            block[:rows, : len(gradient)] = einsum(
-                gradient, embed[: len(gradient)], "reached row d, reached d -> row reached"
-            )
+            block[:rows, :reached] = einsum(gradient, embed[:reached], "reached row d, reached d -> row reached")
             return
         part = parts[stage]
-        for at, here in enumerate(gradient):
-            begin, end = part.starts[at : at + 2]
+        for at in range(reached):
+            begin, end = part.starts[at], part.starts[at + 1]
             if end > begin:
-                torch.mm(here, part.vectors[begin:end].T, out=block[:rows, ends[stage] + begin : ends[stage] + end])
+                into = block[:rows, begins[stage] + begin : begins[stage] + end]
+                torch.mm(gradient[at], part.vectors[begin:end].T, out=into)
 
     linear.sweep(pos, {reader: reads[reader].vectors for reader in readers}, absorb)
     pieces: list[Piece] = []
     first = 0
     for reader in readers:
-        last = first + len(reads[reader].nodes)
-        columns, order = nodes[: ends[reader]].sort()
-        pieces.append(_compressed(reads[reader].nodes, columns, block[first:last].index_select(1, order)))
-        first = last
+        rows = reads[reader].nodes
+        ascending, order = columns[: begins[reader]].sort()
+        pieces.append(compressed(rows, ascending, block[first : first + len(rows)].index_select(1, order)))
+        first += len(rows)
     return pieces
 
 
-def assemble(pieces: Sequence[Piece], n_nodes: int) -> Edges:
+def compressed(rows: Int[Tensor, " row"], columns: Int[Tensor, " column"], block: Float[Tensor, "row column"]) -> Piece:
+    """Rows without their zeros.
+
+    Args:
+        rows: Node of each row, ascending.
+        columns: Node of each column, ascending.
+        block: Direct effects.
+    """
+    if int(block.count_nonzero()) < block.numel():
+        # Most zeros are whole columns: what a cut site or a window hides from one target it hides from all of them.
+        reached = (block != 0).any(0)
+        columns, block = columns[reached], block[:, reached]
+    source = columns.to(torch.int32).expand_as(block)
+    there = block != 0
+    if bool(there.all()):
+        return Piece(rows, torch.full_like(rows, len(columns)), source.reshape(-1), block.reshape(-1))
+    return Piece(rows, there.sum(1), source[there], block[there])
+
+
+def assemble(pieces: list[Piece], n_nodes: int) -> Edges:
     """Put rows in the order of their nodes.
 
     Args:
-        pieces: Every row once.
+        pieces: Every row once; the list is emptied on the way, so that no edge is held twice for long.
         n_nodes: Number of nodes.
     """
-    runs = sorted((run for piece in pieces for run in _runs(piece)), key=lambda run: run[0])
     device = pieces[0].rows.device
-    lengths = torch.zeros(n_nodes, dtype=torch.long, device=device)
+    row_start = torch.zeros(n_nodes + 1, dtype=torch.long, device=device)
     for piece in pieces:
-        lengths[piece.rows] = piece.lengths
-    row_start = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    return Edges(row_start, torch.cat([source for _, source, _ in runs]), torch.cat([weight for _, _, weight in runs]))
+        row_start[piece.rows + 1] = piece.lengths
+    row_start = row_start.cumsum(0)
+    n_edges = int(row_start[-1])
+    source = torch.empty(n_edges, dtype=torch.int32, device=device)
+    weight = pieces[0].weight.new_empty(n_edges)
+    while pieces:
+        piece = pieces.pop()
+        at = 0
+        for first, size in _runs(piece):
+            begin = int(row_start[first])
+            source[begin : begin + size] = piece.source[at : at + size]
+            weight[begin : begin + size] = piece.weight[at : at + size]
+            at += size
+    return Edges(row_start, source, weight)
 
 
-def _compressed(
-    rows: Int[Tensor, " row"], columns: Int[Tensor, " column"], block: Float[Tensor, "row column"]
-) -> Piece:
-    """Rows without their zeros."""
-    there = block != 0
-    lengths = there.sum(1)
-    source = columns.to(torch.int32).expand(len(rows), -1)
-    return Piece(rows, lengths, source[there], block[there], block.sum(1), block.abs().sum(1))
-
-
-def _runs(piece: Piece) -> list[tuple[int, Tensor, Tensor]]:
-    """Cut a piece where its rows do not follow each other: (first row, sources, weights) each."""
-    breaks = (piece.rows.diff() != 1).nonzero()[:, 0] + 1
-    starts = [0, *breaks.tolist()]
-    edges = torch.cat([piece.lengths.new_zeros(1), piece.lengths.cumsum(0)])[torch.tensor(starts)]
-    sizes = torch.cat([edges, piece.lengths.sum()[None]]).diff().tolist()
-    firsts = piece.rows[torch.tensor(starts)].tolist()
-    return list(zip(firsts, piece.source.split(sizes), piece.weight.split(sizes), strict=True))
+def _runs(piece: Piece) -> list[tuple[int, int]]:
+    """Where the rows of a piece follow each other: the first row and the number of edges of each such run."""
+    breaks = torch.cat([piece.rows.new_zeros(1), (piece.rows.diff() != 1).nonzero()[:, 0] + 1])
+    run = torch.zeros_like(piece.rows)
+    run[breaks[1:]] = 1
+    sizes = torch.zeros_like(breaks).index_add_(0, run.cumsum(0), piece.lengths)
+    return list(zip(piece.rows[breaks].tolist(), sizes.tolist(), strict=True))

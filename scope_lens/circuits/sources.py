@@ -1,10 +1,10 @@
 """Everything that writes into the linear model of a prompt, as vectors: latents, errors, token embeddings.
 
-1. `Written` encodes what one dictionary reads and keeps the active latents alone: `activation * W_dec[latent]` each,
+1. `written` encodes what one dictionary reads and keeps the active latents alone: `activation * W_dec[latent]` each,
    and at every position what the dictionary misses.
 2. Its vectors stand position by position, the latents first and the error behind them, so that the edges from one
    position are one matrix product.
-3. `Numbering` gives every source its node.
+3. `Sources` numbers the nodes: latents by stage, position and index, then errors by stage and position, then tokens.
 """
 
 from collections.abc import Collection, Sequence
@@ -42,8 +42,8 @@ class Written:
     vectors: Float[Tensor, "vector d_out"]
     starts: Sequence[int]
 
-    def reads(self, latents: Int[Tensor, " row"]) -> Float[Tensor, "row d_in"]:
-        """Encoder rows of some of the latents."""
+    def encoder_rows(self, latents: Int[Tensor, " row"]) -> Float[Tensor, "row d_in"]:
+        """What some of the latents read."""
         return self.place.sae.W_enc.detach().index_select(1, self.index[latents]).T.to(self.vectors.dtype)
 
 
@@ -64,24 +64,25 @@ def written(
         flowing: What flows at `hook_out`.
         asked_for: (position, latent) of latents that are nodes even where they are silent.
     """
-    sae = in_dtype(place.sae, read.dtype)
-    trained = place.trained.to(read.device)
+    sae = _in_dtype(place.sae, read.dtype)
+    trained = place.trained
     pre = sae.pre_activation(read)
     acts = sae.activate(pre) * trained[:, None]
-    recons = sae.reconstruct(acts, read)
-    errors = torch.where(trained[:, None], flowing - recons, 0)
+    errors = torch.where(trained[:, None], flowing - sae.reconstruct(acts, read), 0)
     node = acts != 0
-    for pos, latent in asked_for:
-        node[pos, latent] = True
+    for at, latent in asked_for:
+        node[at, latent] = True
     pos, index = node.nonzero(as_tuple=True)
 
-    counts = torch.bincount(pos, minlength=len(read))
-    starts = torch.cat([counts.new_zeros(1), (counts + trained).cumsum(0)])
-    vectors = read.new_empty(int(starts[-1]), flowing.shape[-1])
-    # One error stands behind the latents of every trained position before a latent's own.
-    before = (trained.cumsum(0) - trained.long())[pos]
+    counts = torch.bincount(pos, minlength=len(read)) + trained
+    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    # In front of a latent's vector stand the latents before it and one error for each trained position before its own.
+    errors_before = trained.cumsum(0) - trained.long()
     activation = acts[pos, index]
-    vectors[torch.arange(len(pos), device=pos.device) + before] = activation[:, None] * sae.W_dec.detach()[index]
+    vectors = read.new_empty(int(starts[-1]), flowing.shape[-1])
+    vectors[torch.arange(len(pos), device=pos.device) + errors_before[pos]] = (
+        activation[:, None] * sae.W_dec.detach()[index]
+    )
     vectors[starts[1:][trained] - 1] = errors[trained]
     return Written(
         place=place,
@@ -95,7 +96,7 @@ def written(
     )
 
 
-def in_dtype(sae: HookedSAE, dtype: torch.dtype) -> HookedSAE:
+def _in_dtype(sae: HookedSAE, dtype: torch.dtype) -> HookedSAE:
     """The dictionary itself, or a copy without hooks in another dtype."""
     if sae.dtype == dtype and (sae.threshold is None or sae.threshold.dtype == dtype):
         return sae
@@ -103,31 +104,40 @@ def in_dtype(sae: HookedSAE, dtype: torch.dtype) -> HookedSAE:
     return HookedSAE.from_tensors(sae.cfg, state, source=f"the dictionary of {sae.cfg.hook_out!r} in {dtype}")
 
 
-class Numbering:
-    """The node of every source: latents by stage, position and index, then errors by stage and position, then tokens.
+class Sources:
+    """All that writes, and its node numbers.
 
     Args:
         parts: What the dictionaries write, by stage.
-        n_pos: Length of the prompt.
+        embed: What the tokens write.
     """
 
-    def __init__(self, parts: Sequence[Written], n_pos: int) -> None:
-        self.n_pos = n_pos
-        self.latents = [0]  # where each stage's latents begin, and their number last
+    def __init__(self, parts: Sequence[Written], embed: Float[Tensor, "pos d_model"]) -> None:
+        self.parts = parts
+        self.embed = embed
+        self.first_latent = [0]  # by stage; the number of latents last
         for part in parts:
-            self.latents.append(self.latents[-1] + len(part.pos))
-        self.errors = self.latents[-1]
-        self.tokens = self.errors + n_pos * len(parts)
-        self.goals = self.tokens + n_pos
-        self.vectors = [self._of_vectors(part) for part in parts]
+            self.first_latent.append(self.first_latent[-1] + len(part.pos))
+        self.n_latents = self.first_latent[-1]
+        self.first_token = self.n_latents + len(parts) * self.n_pos
+        self.n_nodes = self.first_token + self.n_pos
+        self.nodes = [self._nodes_of(part) for part in parts]  # of the vectors of each stage
 
-    def _of_vectors(self, part: Written) -> Int[Tensor, " vector"]:
-        """Node of every vector of one stage."""
-        stage, device = part.place.stage, part.pos.device
-        nodes = torch.empty(len(part.vectors), dtype=torch.long, device=device)
+    @property
+    def n_pos(self) -> int:
+        """Length of the prompt."""
+        return len(self.embed)
+
+    def latent(self, stage: int, pos: int, index: int) -> int:
+        """Node of one latent that has one."""
+        part = self.parts[stage]
+        return self.first_latent[stage] + int(((part.pos == pos) & (part.index == index)).nonzero()[0, 0])
+
+    def _nodes_of(self, part: Written) -> Int[Tensor, " vector"]:
+        stage, trained = part.place.stage, part.place.trained
+        nodes = torch.empty(len(part.vectors), dtype=torch.long, device=trained.device)
         is_error = torch.zeros_like(nodes, dtype=torch.bool)
-        trained = part.place.trained.to(device)
-        is_error[torch.tensor(part.starts[1:], device=device)[trained] - 1] = True
-        nodes[~is_error] = self.latents[stage] + torch.arange(len(part.pos), device=device)
-        nodes[is_error] = self.errors + stage * self.n_pos + trained.nonzero()[:, 0]
+        is_error[torch.tensor(part.starts[1:], device=trained.device)[trained] - 1] = True
+        nodes[is_error] = self.n_latents + stage * self.n_pos + trained.nonzero()[:, 0]
+        nodes[~is_error] = self.first_latent[stage] + torch.arange(len(part.pos), device=trained.device)
         return nodes

@@ -3,8 +3,8 @@
 1. `resolve` turns what a user asks for into `Goal`s and refuses what has no one meaning.
 2. `vectors` gives what each of them reads at the final norm's output.
 
-A logit reads `W_U[:, y] - mean_y' W_U[:, y']`: the mean is what all logits share and the softmax ignores (circuit-tracer
-and Ameisen et al. 2025 read the same).
+A logit reads `W_U[:, y] - mean_y' W_U[:, y']`: the mean is what all logits share and the softmax ignores, as in
+Ameisen et al. 2025.
 """
 
 from collections.abc import Sequence
@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import TransformerBridge
 
 from scope_lens.attachments import attachments_of
 from scope_lens.circuits.graph import Kind
 from scope_lens.circuits.places import Place
+from scope_lens.circuits.prompt import token_string
 
 
 class Target(NamedTuple):
@@ -81,6 +82,7 @@ def resolve(
         max_logits: How many of these there are at most.
 
     Raises:
+        TypeError: One target that is in no list.
         ValueError: A string that is not one token, a token, position or latent that does not exist, a vector of another
             width, a target without or with two things to read, no target at all, or one that is there twice.
     """
@@ -89,8 +91,8 @@ def resolve(
         mass, tokens = probabilities.topk(min(max_logits, len(probabilities)))
         enough = int(torch.searchsorted(mass.cumsum(0), logit_mass)) + 1
         targets = tokens[:enough].tolist()
-    if isinstance(targets, int | str | Target):
-        raise ValueError(f"targets takes a list; found {targets!r} alone. Pass [{targets!r}].")
+    if isinstance(targets, str | Target):  # both are sequences, of letters and of fields
+        raise TypeError(f"targets takes a list; found {targets!r} alone. Pass [{targets!r}].")
     if len(targets) == 0:
         raise ValueError("targets is empty, so there is nothing to explain. Leave it None for the likeliest logits.")
     goals: list[Goal] = []
@@ -121,6 +123,8 @@ def resolve(
 def vectors(bridge: TransformerBridge, goals: Sequence[Goal], *, dtype: torch.dtype) -> Float[Tensor, "goal d_model"]:
     """What logits and directions read at the final norm's output."""
     unembed: Tensor = bridge.W_U
+    if not goals:
+        return unembed.new_zeros(0, len(unembed), dtype=dtype)
     mean = unembed.detach().mean(dim=1, dtype=dtype)
     return torch.stack(
         [
@@ -130,11 +134,6 @@ def vectors(bridge: TransformerBridge, goals: Sequence[Goal], *, dtype: torch.dt
             for goal in goals
         ]
     )
-
-
-def token_string(bridge: TransformerBridge, token: int) -> str:
-    """A token as text; its number where there is no tokenizer."""
-    return str(token) if bridge.tokenizer is None else str(bridge.tokenizer.decode([token]))
 
 
 def _one_token(bridge: TransformerBridge, text: str) -> int:

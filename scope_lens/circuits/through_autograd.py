@@ -19,10 +19,7 @@ from transformer_lens.hook_points import HookPoint
 from scope_lens.attachments import attachments_of, flat_activation
 from scope_lens.circuits.frozen import NamedHook, frozen_points, holding, norm_edits_expected
 from scope_lens.circuits.linear import TOKENS, Absorb, LinearModel, Stream
-from scope_lens.circuits.places import Place
-
-EMBED = "hook_embed"
-FINAL = "ln_final.hook_out"
+from scope_lens.circuits.places import EMBED, FINAL, Place
 
 
 class ThroughAutograd(LinearModel):
