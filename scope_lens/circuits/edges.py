@@ -2,7 +2,7 @@
 
 1. `Edges` holds row starts, sources and weights; `check` refuses what is no such form.
 2. `row_sums` adds up a value of every edge by its target, `targets_of` names every edge's target.
-3. `kept` and `renumbered` make the edges of a smaller graph.
+3. `rows_of`, `kept` and `part` make the edges of a smaller graph.
 """
 
 from collections.abc import Iterator
@@ -40,6 +40,18 @@ class Edges(NamedTuple):
         return self.row_start.diff()
 
 
+class Part(NamedTuple):
+    """The edges of a graph of fewer nodes.
+
+    Attributes:
+        edges: Those between the nodes that stay, numbered anew.
+        lost: Sum of the weights that left the row of each of them, in float64.
+    """
+
+    edges: Edges
+    lost: Float[Tensor, " kept"]
+
+
 def row_blocks(edges: Edges, first: int, last: int) -> Iterator[tuple[slice, slice]]:
     """Cut the rows `first` to `last - 1` into slices of rows and of their edges, a few million edges each."""
     while first < last:
@@ -52,7 +64,7 @@ def row_blocks(edges: Edges, first: int, last: int) -> Iterator[tuple[slice, sli
 
 def targets_of(edges: Edges) -> Int[Tensor, " edge"]:
     """Node number of every edge's target, int32."""
-    nodes = torch.arange(edges.n_nodes, dtype=torch.int32, device=edges.source.device)
+    nodes = torch.arange(edges.n_nodes, dtype=torch.int32)
     return nodes.repeat_interleave(edges.row_lengths, output_size=len(edges.source))
 
 
@@ -63,30 +75,42 @@ def row_sums(edges: Edges, value: Shaped[Tensor, " edge"]) -> Float[Tensor, " no
         edges: Says which edges are of one row.
         value: One number or truth value an edge.
     """
-    sums = torch.zeros(edges.n_nodes, dtype=torch.float64, device=value.device)
+    sums = torch.zeros(edges.n_nodes, dtype=torch.float64)
     for rows, span in row_blocks(edges, 0, edges.n_nodes):
         sums[rows] = torch.segment_reduce(value[span].double(), "sum", lengths=edges.row_lengths[rows])
     return sums
 
 
+def rows_of(edges: Edges, nodes: Int[Tensor, " row"]) -> Edges:
+    """Copy the rows of some nodes, one after the other as `nodes` has them; sources keep their numbers."""
+    spans = [*zip(edges.row_start[nodes].tolist(), edges.row_start[nodes + 1].tolist(), strict=True)]
+    return Edges(
+        _starts(edges.row_lengths[nodes]),
+        torch.cat([edges.source[:0], *(edges.source[first:end] for first, end in spans)]),
+        torch.cat([edges.weight[:0], *(edges.weight[first:end] for first, end in spans)]),
+    )
+
+
 def kept(edges: Edges, keep: Bool[Tensor, " edge"]) -> Edges:
     """Give the edges that `keep` marks, between the same nodes."""
-    row_start = torch.zeros_like(edges.row_start)
-    row_start[1:] = row_sums(edges, keep).long().cumsum(0)
-    return Edges(row_start, edges.source[keep], edges.weight[keep])
+    if bool(keep.all()):
+        return edges
+    return Edges(_starts(row_sums(edges, keep).long()), edges.source[keep], edges.weight[keep])
 
 
-def renumbered(edges: Edges, nodes: Int[Tensor, " kept"]) -> Edges:
-    """Give the edges of a graph of `nodes` alone, numbered as they stand there.
+def part(edges: Edges, nodes: Int[Tensor, " kept"]) -> Part:
+    """Give the edges between some nodes alone, and what their rows lose.
 
     Args:
-        edges: All of them between `nodes`; `kept` makes them so.
+        edges: Between all nodes.
         nodes: Ascending.
     """
-    number = torch.zeros(edges.n_nodes, dtype=torch.int32, device=nodes.device)
-    number[nodes] = torch.arange(len(nodes), dtype=torch.int32, device=nodes.device)
-    ends = torch.cat([edges.row_start[:1], edges.row_start[nodes + 1]])
-    return Edges(ends, number.index_select(0, edges.source), edges.weight)
+    number = torch.full((edges.n_nodes,), -1, dtype=torch.int32)
+    number[nodes] = torch.arange(len(nodes), dtype=torch.int32)
+    rows = rows_of(edges, nodes)
+    source = number.index_select(0, rows.source)
+    stays = source >= 0
+    return Part(kept(Edges(rows.row_start, source, rows.weight), stays), row_sums(rows, rows.weight * ~stays))
 
 
 def check(edges: Edges, stage: Int[Tensor, " node"]) -> None:
@@ -136,3 +160,7 @@ def _check_block(edges: Edges, stage: Int[Tensor, " node"], rows: slice, span: s
             f"An edge must run from a smaller to a larger stage; that from node {int(source[edge])} (stage "
             f"{int(stage[source[edge]])}) to node {target} (stage {int(stage[target])}) does not."
         )
+
+
+def _starts(lengths: Tensor) -> Tensor:
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])

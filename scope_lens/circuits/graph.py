@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from scope_lens.circuits import influence, merging, pruning
-from scope_lens.circuits.edges import Edges, check, kept, renumbered, row_sums, targets_of
+from scope_lens.circuits.edges import Edges, Part, check, part, row_sums, targets_of
 from scope_lens.circuits.graph_file import damaged, read_graph, write_graph
 from scope_lens.circuits.graph_records import GraphChecks, GraphScores, Kind
 from scope_lens.circuits.networkx_graph import networkx_graph
@@ -222,9 +222,8 @@ class AttributionGraph:
             edge_mass=edge_mass,
         )
         masses = {"node_mass": node_mass, "edge_mass": edge_mass}
-        nodes = pruned.nodes.nonzero()[:, 0]
-        cumulative = pruned.cumulative[nodes].to(self.cumulative.dtype)
-        return self._part(nodes, pruned.edges, cumulative=cumulative, settings={**self.settings, **masses})
+        cumulative = pruned.cumulative[pruned.nodes].to(self.cumulative.dtype)
+        return self._part(pruned.nodes, pruned.part, cumulative=cumulative, settings={**self.settings, **masses})
 
     def subgraph(self, nodes: Sequence[int] | Int[Tensor, " kept"]) -> "AttributionGraph":
         """Keep some nodes and the edges between them; what the others gave to their rows goes to `dropped`.
@@ -240,10 +239,7 @@ class AttributionGraph:
             raise ValueError(
                 f"Nodes are numbered 0 to {self.n_nodes - 1}; asked for {int(numbers[0])} to {int(numbers[-1])}."
             )
-        stays = torch.zeros(self.n_nodes, dtype=torch.bool)
-        stays[numbers] = True
-        by_target = stays.repeat_interleave(self.edges.row_lengths, output_size=len(self.edges.source))
-        return self._part(numbers, by_target & stays.index_select(0, self.edges.source))
+        return self._part(numbers, part(self.edges, numbers))
 
     def merge(self, groups: Mapping[str, Sequence[int]]) -> "AttributionGraph":
         """Make one node of each group: rows and columns are summed, edges inside it go to `dropped` (see `merging`).
@@ -340,13 +336,12 @@ class AttributionGraph:
     def _influence(self) -> Float[Tensor, " node"]:
         return influence.influence(self.edges, self.stage, self.start)
 
-    def _part(self, nodes: Int[Tensor, " kept"], keep: Bool[Tensor, " edge"], **changed: Any) -> "AttributionGraph":
-        """Keep nodes, ascending, and of the edges between them those that `keep` marks."""
-        lost = row_sums(self.edges, self.edges.weight * ~keep)
+    def _part(self, nodes: Int[Tensor, " kept"], left: Part, **changed: Any) -> "AttributionGraph":
+        """Keep nodes, ascending, and what is left of their edges."""
         columns: dict[str, Any] = {name: getattr(self, name)[nodes] for name in _COLUMNS}
-        columns["dropped"] = (self.dropped.double() + lost)[nodes].to(self.dropped.dtype)
+        columns["dropped"] = (columns["dropped"].double() + left.lost).to(self.dropped.dtype)
         columns |= {name: [getattr(self, name)[node] for node in nodes.tolist()] for name in ("site", "label")}
-        return replace(self, **columns | changed, edges=renumbered(kept(self.edges, keep), nodes))
+        return replace(self, **columns | changed, edges=left.edges)
 
     def _merged(
         self, firsts: Int[Tensor, " node"], labels: Sequence[str], pos: Int[Tensor, " node"]

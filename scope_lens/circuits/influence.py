@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from scope_lens.circuits.edges import Edges, row_blocks, row_sums
+from scope_lens.circuits.edges import Edges, row_blocks
 
 _LEAST = 1e-10  # a row that sums to less counts for less
 
@@ -28,11 +28,10 @@ def influence(edges: Edges, stage: Int[Tensor, " node"], start: Float[Tensor, " 
         stage: Place of every node in the order of the graph.
         start: Start weight of every node.
     """
-    received = torch.zeros(edges.n_nodes, dtype=torch.float64, device=start.device)
+    received = torch.zeros(edges.n_nodes, dtype=torch.float64)
     start = start.double()
     for rows, span in _last_stage_first(edges, stage):
-        passed = shares(edges, rows, span) * _by_edge(start[rows] + received[rows], edges, rows, span)
-        received.index_add_(0, edges.source[span], passed)
+        received.index_add_(0, edges.source[span], _passed_on(edges, rows, span, start[rows] + received[rows]))
     return received
 
 
@@ -47,17 +46,10 @@ def edge_influence(
         start: Start weight of every node.
     """
     through = received + start.double()
-    scores = torch.empty(len(edges.source), dtype=torch.float64, device=through.device)
+    scores = torch.empty(len(edges.source), dtype=torch.float64)
     for rows, span in row_blocks(edges, 0, edges.n_nodes):
-        scores[span] = shares(edges, rows, span) * _by_edge(through[rows], edges, rows, span)
+        scores[span] = _passed_on(edges, rows, span, through[rows])
     return scores
-
-
-def shares(edges: Edges, rows: slice, span: slice) -> Float[Tensor, " some_edges"]:
-    """M[t, s] of the edges `span`, which are the whole rows `rows`, in float64."""
-    size = edges.weight[span].double().abs_()
-    total = torch.segment_reduce(size, "sum", lengths=edges.row_lengths[rows])
-    return size.div_(_by_edge(total.clamp(min=_LEAST), edges, rows, span))
 
 
 def replacement(
@@ -90,14 +82,19 @@ def completeness(
         missed: Which nodes are errors, or latents that were folded.
     """
     through = received + start.double()
-    size = edges.weight.abs()
-    lost = row_sums(edges, size * missed.index_select(0, edges.source)) / row_sums(edges, size).clamp(min=_LEAST)
+    lost = 0.0
+    for rows, span in row_blocks(edges, 0, edges.n_nodes):
+        passed = _passed_on(edges, rows, span, through[rows])
+        lost += float(passed @ missed.double().index_select(0, edges.source[span]))
     total = float(through.sum())
-    return float(((1 - lost) * through).sum()) / total if total > 0 else float("nan")
+    return (total - lost) / total if total > 0 else float("nan")
 
 
-def _by_edge(value: Tensor, edges: Edges, rows: slice, span: slice) -> Tensor:
-    return value.repeat_interleave(edges.row_lengths[rows], output_size=span.stop - span.start)
+def _passed_on(edges: Edges, rows: slice, span: slice, through: Tensor) -> Tensor:
+    """M[t, s] through_t of the edges `span`, which are the whole rows `rows`, in float64."""
+    size, lengths = edges.weight[span].double().abs_(), edges.row_lengths[rows]
+    each = through / torch.segment_reduce(size, "sum", lengths=lengths).clamp_(min=_LEAST)
+    return size.mul_(each.repeat_interleave(lengths, output_size=len(size)))
 
 
 def _last_stage_first(edges: Edges, stage: Tensor) -> Iterator[tuple[slice, slice]]:

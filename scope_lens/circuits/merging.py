@@ -14,7 +14,9 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from scope_lens.circuits.edges import Edges, kept, row_sums, targets_of
+from scope_lens.circuits.edges import Edges, kept, rows_of, targets_of
+
+_PLACES = 4_000_000  # sums held together, in float64
 
 
 class Groups(NamedTuple):
@@ -128,13 +130,28 @@ def merged_edges(edges: Edges, groups: Groups) -> Merged:
         groups: Of the nodes.
     """
     n_groups = len(groups.leaders)
-    target, source = groups.of[targets_of(edges)], groups.of.index_select(0, edges.source)
-    inner = target == source
-    inside = groups.total(row_sums(edges, edges.weight * inner))
-    pairs, place = (target * n_groups + source)[~inner].unique(return_inverse=True)
-    weight = torch.zeros(len(pairs), dtype=torch.float64).index_add_(0, place, edges.weight[~inner].double())
-    row_start = torch.searchsorted(pairs, torch.arange(n_groups + 1) * n_groups)
-    return Merged(Edges(row_start, (pairs % n_groups).to(torch.int32), weight.to(edges.weight.dtype)), inside)
+    inside = torch.zeros(n_groups, dtype=torch.float64)
+    members = (edges.row_lengths > 0).nonzero()[:, 0]
+    members = members[groups.of[members].argsort(stable=True)]
+    lengths = torch.zeros(n_groups, dtype=torch.int64)
+    sources, weights = [edges.source[:0]], [edges.weight[:0]]
+    # A few groups at a time, each with a place for every source: no sort of all edges.
+    for first in range(0, n_groups, max(1, _PLACES // n_groups)):
+        numbers = torch.arange(first, min(first + max(1, _PLACES // n_groups), n_groups))
+        rows = members[torch.isin(groups.of[members], numbers)]
+        taken = rows_of(edges, rows)
+        place = (groups.of[rows] - first).repeat_interleave(taken.row_lengths) * n_groups
+        place += groups.of.index_select(0, taken.source)
+        sums = torch.zeros(len(numbers), n_groups, dtype=torch.float64)
+        sums.view(-1).index_add_(0, place, taken.weight.double())
+        inside[numbers] = sums[torch.arange(len(numbers)), numbers]
+        sums[torch.arange(len(numbers)), numbers] = 0
+        group, source = sums.nonzero(as_tuple=True)
+        lengths[numbers] = torch.bincount(group, minlength=len(numbers))
+        sources.append(source.to(torch.int32))
+        weights.append(sums[group, source].to(edges.weight.dtype))
+    row_start = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    return Merged(Edges(row_start, torch.cat(sources), torch.cat(weights)), inside)
 
 
 def stages_along(edges: Edges, stage: Int[Tensor, " node"], names: Sequence[str]) -> Int[Tensor, " node"]:
@@ -148,14 +165,14 @@ def stages_along(edges: Edges, stage: Int[Tensor, " node"], names: Sequence[str]
     Raises:
         ValueError: Edges form a circle.
     """
-    target, source = targets_of(edges).long(), edges.source.long()
+    target, source = targets_of(edges), edges.source
     stage = stage.clone()
-    backward = stage[source] >= stage[target]
+    backward = stage.index_select(0, source) >= stage.index_select(0, target)
     if bool(backward.any()):
         _refuse_circles(edges, names)
     while bool(backward.any()):
-        stage.scatter_reduce_(0, target[backward], stage[source[backward]] + 1, "amax")
-        backward = stage[source] >= stage[target]
+        stage.scatter_reduce_(0, target[backward].long(), stage[source[backward]] + 1, "amax")
+        backward = stage.index_select(0, source) >= stage.index_select(0, target)
     return stage
 
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from scope_lens.circuits.edges import Edges, kept, targets_of
+from scope_lens.circuits.edges import Edges, Part, kept, part, row_sums, targets_of
 from scope_lens.circuits.influence import edge_influence, influence
 
 
@@ -22,13 +22,13 @@ class Pruned(NamedTuple):
     """What stays.
 
     Attributes:
-        nodes: Which nodes.
-        edges: Which edges; both their ends stay.
-        cumulative: Share of all influence held by the nodes up to this one, most influential first, in float64.
+        nodes: Numbers of the nodes, ascending.
+        part: The edges between them, and what their rows lose.
+        cumulative: Share of all influence held by the nodes up to each one, most influential first; of all nodes.
     """
 
-    nodes: Bool[Tensor, " node"]
-    edges: Bool[Tensor, " edge"]
+    nodes: Int[Tensor, " kept"]
+    part: Part
     cumulative: Float[Tensor, " node"]
 
 
@@ -60,15 +60,15 @@ def prune(
         if not 0 <= mass <= 1:
             raise ValueError(f"{name} is a share of all influence, from 0 to 1; it is {mass}.")
     received = influence(edges, stage, start)
-    nodes = holds_mass(received, node_mass) | always
-    by_target = nodes.repeat_interleave(edges.row_lengths, output_size=len(edges.source))
-    between = by_target & nodes.index_select(0, edges.source)
-    inner = kept(edges, between)
-    scores = edge_influence(inner, influence(inner, stage, start), start)
-    chosen = holds_mass(scores, edge_mass)
-    nodes = _connected(nodes, inner.source[chosen], targets_of(inner)[chosen], always=always, fed=fed)
-    chosen &= nodes.index_select(0, inner.source) & nodes.index_select(0, targets_of(inner))
-    return Pruned(nodes, between.masked_scatter(between, chosen), cumulative(received))
+    likely = (holds_mass(received, node_mass) | always).nonzero()[:, 0]
+    stage, start, always, fed = stage[likely], start[likely], always[likely], fed[likely]
+    inner, lost = part(edges, likely)
+    chosen = holds_mass(edge_influence(inner, influence(inner, stage, start), start), edge_mass)
+    lost += row_sums(inner, inner.weight * ~chosen)
+    inner = kept(inner, chosen)
+    stay = _connected(inner, always=always, fed=fed)
+    edges, more = part(inner, stay)
+    return Pruned(likely[stay], Part(edges, lost[stay] + more), cumulative(received))
 
 
 def holds_mass(scores: Float[Tensor, " score"], mass: float) -> Bool[Tensor, " score"]:
@@ -102,15 +102,17 @@ def cumulative(scores: Float[Tensor, " score"]) -> Float[Tensor, " score"]:
     return torch.empty_like(ordered).index_copy_(0, order, ordered.cumsum(0) / ordered.sum())
 
 
-def _connected(nodes: Tensor, source: Tensor, target: Tensor, *, always: Tensor, fed: Tensor) -> Tensor:
-    """Take away nodes without an edge out of them, and fed ones without an edge into them, until none is left."""
+def _connected(edges: Edges, *, always: Tensor, fed: Tensor) -> Tensor:
+    """Take away nodes without an edge out of them, and fed ones without one into them, until all others have them."""
+    stay = torch.ones_like(always)
+    target, source = targets_of(edges), edges.source
     while True:
-        leads, gets = torch.zeros_like(nodes), torch.zeros_like(nodes)
+        leads, gets = torch.zeros_like(stay), torch.zeros_like(stay)
         leads[source.long()] = True
         gets[target.long()] = True
-        left = nodes & (always | (leads & (gets | ~fed)))
-        if torch.equal(left, nodes):
-            return nodes
-        nodes = left
-        alive = nodes.index_select(0, source) & nodes.index_select(0, target)
+        left = stay & (always | (leads & (gets | ~fed)))
+        if torch.equal(left, stay):
+            return stay.nonzero()[:, 0]
+        stay = left
+        alive = stay.index_select(0, source) & stay.index_select(0, target)
         source, target = source[alive], target[alive]
