@@ -22,7 +22,7 @@ How:
    adds up to the pre-activation, which steps 2 and 3 found independently of each other.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -36,7 +36,8 @@ from scope_lens.circuits.float64 import in_float64
 from scope_lens.circuits.frozen import frozen_points, record
 from scope_lens.circuits.graph import AttributionGraph, GraphChecks, Kind
 from scope_lens.circuits.linear import LinearModel, Stream
-from scope_lens.circuits.nodes import folded, graph_of, nodes_of
+from scope_lens.circuits.memory import refuse_long_prompt, rows_that_fit
+from scope_lens.circuits.nodes import Nodes, folded, graph_of, nodes_of
 from scope_lens.circuits.places import EMBED, Place, hook_names, places_of
 from scope_lens.circuits.prompt import token_ids
 from scope_lens.circuits.rows import Ends, Piece, assemble, batches, edges_of
@@ -91,6 +92,7 @@ def attribute(
     bridge = model.model
     ids = token_ids(bridge, tokens)
     _refuse_other_depths(bridge, saes)
+    refuse_long_prompt(bridge, ids.shape[1], dtype=dtype, device=ids.device)
     with torch.no_grad(), attachments_of(bridge).set_aside(bridge), _in_eval_mode(bridge):
         bridge, hooks = in_float64(bridge) if dtype == torch.float64 else (bridge, [])
         sites = [name for sae in saes for name in hook_names(bridge, sae)]
@@ -98,13 +100,10 @@ def attribute(
         logits, seen = record(bridge, ids, names, hooks=hooks)
         places = places_of(bridge, ids, saes, list(seen))
         goals = resolve(bridge, targets, logits=logits[0], places=places, logit_mass=logit_mass, max_logits=max_logits)
-        linear: LinearModel
-        if covers(bridge, places):
-            linear = WrittenOut(bridge, seen, places, dtype)
-        else:
-            linear = ThroughAutograd(bridge, ids, seen=seen, places=places, dtype=dtype)
+        linear = _linear_model(bridge, ids, seen, places, dtype)
         stream, nothing = linear.forward(sources=True), linear.forward(sources=False)
         off = logits_off(bridge, ids, hooks=hooks, final=stream.final, logits=logits)
+
         sources = _sources(places, stream, nothing, goals)
         finals = [goal for goal in goals if goal.kind is not Kind.LATENT]
         ends = Ends(
@@ -118,32 +117,10 @@ def attribute(
             bias=(ends.vectors * nothing.final[ends.pos]).sum(1),
             pre_activation=(ends.vectors * stream.final[ends.pos]).sum(1),
         )
-        keep = torch.ones_like(nodes.kind, dtype=torch.bool)
-        if max_latents is not None:
-            keep[: sources.n_latents] = nodes.start[: sources.n_latents] > 0
-        n_rows = len(finals) + min(sources.n_latents if max_latents is None else max_latents, sources.n_latents)
-        with tqdm(total=n_rows, desc="attribute", unit="target", disable=not progress, leave=None) as bar:
-
-            def sweep(latents: Int[Tensor, " row"], ends: Ends | None = None) -> list[Piece]:
-                pieces: list[Piece] = []
-                for pos, reads in batches(sources, latents, ends, at_once=512):
-                    pieces += edges_of(linear, sources, pos=pos, reads=reads)
-                    bar.update(sum(len(found.nodes) for found in reads.values()))
-                return pieces
-
-            pieces = sweep(keep[: sources.n_latents].nonzero()[:, 0], ends)
-            if max_latents is not None:
-                select(
-                    sweep,
-                    pieces,
-                    keep[: sources.n_latents],
-                    start=nodes.start,
-                    stage=nodes.stage,
-                    max_latents=max_latents,
-                )
-        if max_latents is not None:
-            nodes, number = folded(nodes, keep)
-            pieces = fold(pieces, number, len(nodes.kind))
+        at_once = rows_that_fit(sources, len(finals), max_latents=max_latents, sweep_width=_sweep_width(bridge, linear))
+        nodes, pieces = _swept(
+            linear, sources, ends, nodes, max_latents=max_latents, at_once=at_once, progress=progress
+        )
         conservation = unaccounted(nodes, pieces, places)
         return graph_of(
             bridge,
@@ -161,6 +138,59 @@ def attribute(
                 "path": "written out" if isinstance(linear, WrittenOut) else "autograd",
             },
         )
+
+
+def _linear_model(
+    bridge: TransformerBridge,
+    tokens: Int[Tensor, "1 pos"],
+    seen: Mapping[str, Tensor],
+    places: Sequence[Place],
+    dtype: torch.dtype,
+) -> LinearModel:
+    if covers(bridge, places):
+        return WrittenOut(bridge, seen, places, dtype)
+    return ThroughAutograd(bridge, tokens, seen=seen, places=places, dtype=dtype)
+
+
+def _sweep_width(bridge: TransformerBridge, linear: LinearModel) -> int:
+    """Numbers that a sweep holds for each row and position: gradients at the stream and at z, and what is made of them.
+
+    Autograd gives the gradients of all sites at the end, together.
+    """
+    sites = 0 if isinstance(linear, WrittenOut) else sum(place.sae.cfg.d_out for place in linear.places)
+    return 3 * (bridge.cfg.d_model + bridge.cfg.n_heads * bridge.cfg.d_head) + sites
+
+
+def _swept(
+    linear: LinearModel,
+    sources: Sources,
+    ends: Ends,
+    nodes: Nodes,
+    *,
+    max_latents: int | None,
+    at_once: int,
+    progress: bool,
+) -> tuple[Nodes, list[Piece]]:
+    """Rows of all targets, and the nodes that are left when latents beyond `max_latents` are folded."""
+    n_latents = sources.n_latents
+    wanted = n_latents if max_latents is None else min(max_latents, n_latents)
+    with tqdm(total=len(ends.pos) + wanted, desc="attribute", unit="target", disable=not progress, leave=None) as bar:
+
+        def sweep(latents: Int[Tensor, " row"], ends: Ends | None = None) -> list[Piece]:
+            pieces: list[Piece] = []
+            for pos, reads in batches(sources, latents, ends, at_once=at_once):
+                pieces += edges_of(linear, sources, pos=pos, reads=reads)
+                bar.update(sum(len(found.nodes) for found in reads.values()))
+            return pieces
+
+        if wanted == n_latents:
+            return nodes, sweep(torch.arange(n_latents, device=nodes.kind.device), ends)
+        keep = torch.ones_like(nodes.kind, dtype=torch.bool)
+        chosen = keep[:n_latents].copy_(nodes.start[:n_latents] > 0)  # those asked for
+        pieces = sweep(chosen.nonzero()[:, 0], ends)
+        select(sweep, pieces, chosen, start=nodes.start, stage=nodes.stage, max_latents=wanted)
+    left, number = folded(nodes, keep)
+    return left, fold(pieces, number, len(left.kind))
 
 
 def _sources(places: Sequence[Place], stream: Stream, nothing: Stream, goals: Sequence[Goal]) -> Sources:
