@@ -215,7 +215,7 @@ class WrittenOut:
             layer = self._layers[number]
             sweep.cut(stream, _Site(number, "hook_resid_post"))
             self._back_through_mlp(sweep, stream, number)
-            if sweep.rows:
+            if sweep.rows or sweep.waits_for(_Site(number, "attn.hook_z"), _Site(number, "hook_attn_out")):
                 self._back_through_attention(sweep, stream, number, layer)
             sweep.cut(stream, _Site(number, "hook_resid_pre"))
         sweep.cut(stream, _Site(-1, "hook_embed"))
@@ -279,6 +279,11 @@ class _Sweep:
     def absorb(self, stage: int, gradient: Tensor) -> None:
         if self.rows:
             self._absorb(stage, self.rows, gradient[:, : self.rows])
+
+    def waits_for(self, *sites: _Site) -> bool:
+        """Whether the targets of one of these sites have yet to join."""
+        places = [self._model._by_site.get(site) for site in sites]
+        return any(place is not None and place.stage in self._slices for place in places)
 
     def open(self, stage: int) -> None:
         """Count the rows of a stage's targets as joined."""
