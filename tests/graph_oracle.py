@@ -12,7 +12,7 @@ is differentiated and nothing swept backwards.
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -142,7 +142,6 @@ def trace(
     logits: Sequence[tuple[int, int]] = (),
     directions: Sequence[tuple[str, int, Tensor]] = (),
     latents: Sequence[tuple[str, int, int]] = (),
-    attention_at_untrained: Literal["constant", "passes"] = "constant",
 ) -> OracleGraph:
     """The attribution graph of one prompt.
 
@@ -153,8 +152,6 @@ def trace(
         logits: (position, vocabulary id) of each logit target.
         directions: (label, position, vector at the final norm's output).
         latents: (site, position, latent) that are nodes though they may be silent.
-        attention_at_untrained: Whether attention that has a dictionary is a constant at untrained positions, as MLP
-            outputs are everywhere, or passes through there as the residual stream does.
     """
     net = network_of(hf)
     n_layers, length = len(net.layers), len(tokens)
@@ -206,7 +203,8 @@ def trace(
             out = out + d.read(walk) @ d.arrays["W_skip"]
         for node in by_site[name]:
             out[row[node], node.pos] += written[node]
-        if attention_at_untrained == "constant" and name.endswith(("attn.hook_z", "hook_attn_out")):
+        # Where it is not trained, what attention writes is a constant, as an MLP output is everywhere.
+        if name.endswith(("attn.hook_z", "hook_attn_out")):
             x = one * flowed[name]
         return torch.where(d.trained[:, None], out, x)
 
