@@ -22,8 +22,7 @@ How:
    adds up to the pre-activation, which steps 2 and 3 found independently of each other.
 """
 
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Int
@@ -33,7 +32,7 @@ from transformer_lens import TransformerBridge
 
 from scope_lens.attachments import attachments_of
 from scope_lens.circuits.float64 import in_float64
-from scope_lens.circuits.frozen import frozen_points, record
+from scope_lens.circuits.frozen import frozen_points, in_eval_mode, record
 from scope_lens.circuits.graph import AttributionGraph, GraphChecks, Kind
 from scope_lens.circuits.linear import LinearModel, Stream
 from scope_lens.circuits.memory import refuse_long_prompt, rows_that_fit
@@ -93,7 +92,7 @@ def attribute(
     ids = token_ids(bridge, tokens)
     _refuse_other_depths(bridge, saes)
     refuse_long_prompt(bridge, ids.shape[1], dtype=dtype, device=ids.device)
-    with torch.no_grad(), attachments_of(bridge).set_aside(bridge), _in_eval_mode(bridge):
+    with torch.no_grad(), attachments_of(bridge).set_aside(bridge), in_eval_mode(bridge):
         bridge, hooks = in_float64(bridge) if dtype == torch.float64 else (bridge, [])
         sites = [name for sae in saes for name in hook_names(bridge, sae)]
         names = dict.fromkeys([EMBED, *frozen_points(bridge), *sites])
@@ -229,16 +228,3 @@ def _refuse_other_depths(bridge: TransformerBridge, saes: Sequence[HookedSAE]) -
                     f"A dictionary is for {name!r}, and the model has {depth} layers, 0 to {depth - 1}. Is it for "
                     "another model?"
                 )
-
-
-@contextmanager
-def _in_eval_mode(bridge: TransformerBridge) -> Generator[None]:
-    """Switch dropout off, and back on where it was."""
-    training = [module for module in bridge.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
