@@ -17,6 +17,7 @@ from transformer_lens import TransformerBridge
 from transformer_lens.hook_points import HookPoint
 
 from scope_lens.attachments import attachments_of, flat_activation
+from scope_lens.circuits.float64 import cast
 from scope_lens.circuits.frozen import NamedHook, frozen_points, holding, norm_edits_expected
 from scope_lens.circuits.linear import TOKENS, Absorb, LinearModel, Stream
 from scope_lens.circuits.places import EMBED, FINAL, Place
@@ -44,7 +45,8 @@ class ThroughAutograd(LinearModel):
     ) -> None:
         self.places = places
         if next(iter(bridge.parameters())).dtype != dtype:
-            bridge = attachments_of(bridge).deepcopy_bridge(bridge, {}).to(dtype)
+            bridge = attachments_of(bridge).deepcopy_bridge(bridge, {})
+            cast(bridge, dtype)
         self._bridge, self._tokens, self._dtype = bridge, tokens, dtype
         self._constants = {name: seen[name].to(dtype) for name in frozen_points(bridge)}
         self._kept = [
@@ -133,7 +135,7 @@ class ThroughAutograd(LinearModel):
             (FINAL, final),
         ]
         with norm_edits_expected():
-            self._bridge.run_with_hooks(self._tokens, fwd_hooks=hooks, use_cache=False)
+            self._bridge.run_with_hooks(self._tokens, fwd_hooks=[*hooks], use_cache=False)
         if torch.is_grad_enabled():
             self._leaves, self._readers = leaves, reads
         return Stream(
