@@ -36,7 +36,7 @@ _COLUMNS = (
 _DESCRIBED = ("site", "label", "token_strings", "n_layers", "d_vocab", "model", "sites", "sources", "settings")
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class AttributionGraph:
     """The direct effects of a prompt's tokens, latents and errors on its latents and on chosen targets.
 
@@ -104,6 +104,14 @@ class AttributionGraph:
             node = int(idle.nonzero()[0])
             raise ValueError(f"Node {node} ({self.describe(node)}) has edges into it but no pre_activation.")
 
+    def __repr__(self) -> str:
+        counts = {kind.name.lower(): int((self.kind == kind).sum()) for kind in Kind}
+        nodes = ", ".join(f"{number} {name}" for name, number in counts.items() if number)
+        return (
+            f"AttributionGraph({self.model}, {len(self.tokens)} tokens, {self.n_nodes} nodes ({nodes}), "
+            f"{len(self.edges.source)} edges)"
+        )
+
     @property
     def n_nodes(self) -> int:
         """Number of nodes."""
@@ -143,7 +151,7 @@ class AttributionGraph:
     def find(
         self,
         *,
-        kind: Kind | None = None,
+        kind: Kind | int | None = None,
         site: str | None = None,
         layer: int | None = None,
         pos: int | None = None,
@@ -354,7 +362,10 @@ class AttributionGraph:
         site = groups.shared(torch.tensor([spelt.index(name) for name in self.site], dtype=torch.int64))
         sums = {name: groups.total(getattr(self, name)) for name in ("activation", "start", "bias", "pre_activation")}
         sums["dropped"] = groups.total(self.dropped) + inside
-        names = [labels[node] or self.describe(node) for node in leaders]
+        several = (groups.of.bincount() > 1).tolist()
+        names = [
+            labels[node] or self.describe(node) if many else "" for node, many in zip(leaders, several, strict=True)
+        ]
         return replace(
             self,
             kind=self.kind[groups.leaders],

@@ -30,7 +30,7 @@ def influence(edges: Edges, stage: Int[Tensor, " node"], start: Float[Tensor, " 
     """
     received = torch.zeros(edges.n_nodes, dtype=torch.float64)
     start = start.double()
-    for rows, span in _last_stage_first(edges, stage):
+    for rows, span in last_stage_first(edges, stage):
         received.index_add_(0, edges.source[span], _passed_on(edges, rows, span, start[rows] + received[rows]))
     return received
 
@@ -92,12 +92,12 @@ def completeness(
 
 def _passed_on(edges: Edges, rows: slice, span: slice, through: Tensor) -> Tensor:
     """M[t, s] through_t of the edges `span`, which are the whole rows `rows`, in float64."""
-    size, lengths = edges.weight[span].double().abs_(), edges.row_lengths[rows]
+    size, lengths = edges.weight[span].abs().double(), edges.row_lengths[rows]
     each = through / torch.segment_reduce(size, "sum", lengths=lengths).clamp_(min=_LEAST)
     return size.mul_(each.repeat_interleave(lengths, output_size=len(size)))
 
 
-def _last_stage_first(edges: Edges, stage: Tensor) -> Iterator[tuple[slice, slice]]:
+def last_stage_first(edges: Edges, stage: Int[Tensor, " node"]) -> Iterator[tuple[slice, slice]]:
     """Blocks of rows of one stage that lie together, the last stage first: what a row passes on has then arrived."""
     rows = (edges.row_lengths > 0).nonzero()[:, 0]
     rows = rows[stage[rows].argsort(descending=True, stable=True)]

@@ -130,22 +130,24 @@ def merged_edges(edges: Edges, groups: Groups) -> Merged:
         groups: Of the nodes.
     """
     n_groups = len(groups.leaders)
+    rows = (edges.row_lengths > 0).nonzero()[:, 0]
+    rows = rows[groups.of[rows].argsort(stable=True)]
     inside = torch.zeros(n_groups, dtype=torch.float64)
-    members = (edges.row_lengths > 0).nonzero()[:, 0]
-    members = members[groups.of[members].argsort(stable=True)]
     lengths = torch.zeros(n_groups, dtype=torch.int64)
     sources, weights = [edges.source[:0]], [edges.weight[:0]]
     # A few groups at a time, each with a place for every source: no sort of all edges.
-    for first in range(0, n_groups, max(1, _PLACES // n_groups)):
-        numbers = torch.arange(first, min(first + max(1, _PLACES // n_groups), n_groups))
-        rows = members[torch.isin(groups.of[members], numbers)]
-        taken = rows_of(edges, rows)
-        place = (groups.of[rows] - first).repeat_interleave(taken.row_lengths) * n_groups
+    few = max(1, _PLACES // max(1, n_groups))
+    for first in range(0, n_groups, few):
+        numbers = torch.arange(first, min(first + few, n_groups))
+        members = rows[torch.isin(groups.of[rows], numbers)]
+        taken = rows_of(edges, members)
+        place = (groups.of[members] - first).repeat_interleave(taken.row_lengths) * n_groups
         place += groups.of.index_select(0, taken.source)
         sums = torch.zeros(len(numbers), n_groups, dtype=torch.float64)
         sums.view(-1).index_add_(0, place, taken.weight.double())
-        inside[numbers] = sums[torch.arange(len(numbers)), numbers]
-        sums[torch.arange(len(numbers)), numbers] = 0
+        own = torch.arange(len(numbers)), numbers
+        inside[numbers] = sums[own]
+        sums[own] = 0
         group, source = sums.nonzero(as_tuple=True)
         lengths[numbers] = torch.bincount(group, minlength=len(numbers))
         sources.append(source.to(torch.int32))
