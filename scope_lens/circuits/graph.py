@@ -378,6 +378,7 @@ class AttributionGraph:
             **{name: value.to(getattr(self, name).dtype) for name, value in sums.items()},
             cumulative=groups.smallest(self.cumulative),
             edges=edges,
+            settings={**self.settings, "merged": True},  # `verify` can take single nodes away, no groups
         )
 
     def _check_columns(self) -> None:

@@ -29,8 +29,18 @@ from torch import Tensor
 from transformer_lens import TransformerBridge
 
 from scope_lens.attachments import attachments_of, flat_activation
-from scope_lens.circuits.frozen import PARTS, NamedHook, Part, frozen_points, holding, norm_edits_expected, record
+from scope_lens.circuits.frozen import (
+    PARTS,
+    NamedHook,
+    Part,
+    frozen_points,
+    holding,
+    in_eval_mode,
+    norm_edits_expected,
+    record,
+)
 from scope_lens.circuits.places import Place, hook_names, places_of
+from scope_lens.circuits.prompt import token_ids
 from scope_lens.model import ScopeModel
 from scope_lens.sae import HookedSAE
 from scope_lens.sites import layer_of
@@ -98,20 +108,24 @@ def run_with_interventions(
             overwrite; a dictionary that does not fit the model.
     """
     bridge = model.model
-    prompt = one_prompt(model, tokens)
+    prompt = _one_prompt(bridge, tokens)
     if generate < 0:
         raise ValueError(f"generate is {generate}; give the number of tokens to generate, 0 for logits.")
     parts = _checked_parts(bridge, freeze)
     edits = _resolve(bridge, prompt, saes, interventions, n_seen=prompt.shape[1] + max(generate - 1, 0))
     edited = list(edits)
-    with attachments_of(bridge).set_aside(bridge), norm_edits_expected():
-        held, clean = _freeze(bridge, prompt, saes=saes, edited=edited, parts=parts) if parts else ([], {})
+    with attachments_of(bridge).set_aside(bridge), in_eval_mode(bridge), norm_edits_expected():
+        held, clean = _freeze(bridge, prompt, saes=saes, edited=edited, parts=parts) if parts else (Held([], []), {})
         found = [prompt]
         step, cache, offset = prompt, None, 0
         for _ in range(max(generate, 1)):
             hooks = [_edit_hook(sae, edits[sae], clean.get(sae), offset) for sae in edited]
-            # Hooks run in the order in which they were added: frozen values first, the splice behind them.
-            with bridge.hooks(fwd_hooks=held), model.saes(edited, use_error_term=True), model.hooks(fwd_hooks=hooks):
+            # Hooks run in the order in which they were added.
+            with (
+                bridge.hooks(fwd_hooks=held.before),
+                model.saes(edited, use_error_term=True),
+                model.hooks(fwd_hooks=[*held.behind, *hooks]),
+            ):
                 logits, cache = bridge(
                     step, return_type="logits_and_cache", past_key_values=cache, use_cache=generate > 1
                 )
@@ -120,74 +134,55 @@ def run_with_interventions(
             offset += step.shape[1]
             step = logits[:, -1:].argmax(-1)
             found.append(step)
-            held, clean = [], {}  # the clean run has shown nothing of the positions that come now
+            held, clean = Held([], []), {}  # the clean run has shown nothing of the positions that come now
     return torch.cat(found, dim=1)
 
 
-def one_prompt(model: ScopeModel, tokens: Int[Tensor, "*batch pos"] | str) -> Int[Tensor, "1 pos"]:
-    """The token ids of one prompt, on the model's device.
+class Held(NamedTuple):
+    """Hooks that hold parts of a forward pass.
 
-    Raises:
-        ValueError: No token, or several prompts.
+    Attributes:
+        before: To be added before dictionaries are spliced in, so that these edit what is held.
+        behind: To be added behind them: these read what the dictionaries leave.
     """
-    ids: Tensor = model.to_tokens(tokens) if isinstance(tokens, str) else tokens
-    rows = ids[None] if ids.ndim == 1 else ids
-    if rows.ndim != 2 or rows.shape[0] != 1 or rows.shape[1] == 0:
-        raise ValueError(f"One prompt of at least one token is needed, (pos,) or (1, pos); found {tuple(ids.shape)}.")
-    return rows.to(next(iter(model.model.parameters())).device)
+
+    before: list[NamedHook]
+    behind: list[NamedHook]
 
 
-def frozen_hooks(
-    bridge: TransformerBridge, places: Sequence[Place], seen: Mapping[str, Tensor], parts: Collection[Part]
-) -> list[NamedHook]:
-    """Hooks that hold the frozen parts of a forward pass at their recorded values.
+def held_output(place: Place, seen: Mapping[str, Tensor]) -> Held:
+    """Hold what flows where a dictionary writes; a skip term, linear in its input, lets the change of that through.
 
-    A skip term is linear in its dictionary's input, so its change passes: where a dictionary with a skip term writes
-    a frozen MLP output, that output is the recorded one plus the change of the input times `W_skip`.
-
-    Args:
-        bridge: The model.
-        places: The dictionaries.
-        seen: What a clean forward pass showed at the frozen points, and at what the dictionaries read.
-        parts: What is frozen.
-    """
-    constants = {name: seen[name] for name in frozen_points(bridge, parts) if name in seen}
-    if "mlps" not in parts:
-        return holding(constants)
-    points = bridge.hook_dict
-    mlp_out = {points[name]: name for name in frozen_points(bridge, ["mlps"])}
-    hooks: list[NamedHook] = []
-    for place in places:
-        at = mlp_out.get(points[place.writes])
-        if at is not None and place.sae.W_skip is not None:
-            hooks += held_output(place, seen, constants.pop(at))
-    return holding(constants) + hooks
-
-
-def held_output(place: Place, seen: Mapping[str, Tensor], recorded: Tensor) -> list[NamedHook]:
-    """Hooks that hold what flows where a dictionary writes, the change of its skip term added where it is trained.
+    out = recorded + (x - recorded x) @ W_skip where the dictionary is trained, the recorded output elsewhere, except in
+    the residual stream, which flows on there.
 
     Args:
         place: The dictionary.
-        seen: What a clean forward pass showed, at what the dictionary reads if it has a skip term.
-        recorded: What flows there instead, of the shape that flows.
+        seen: What a pass recorded where it writes, and with a skip term where it reads.
     """
-    sae = place.sae
-    if sae.W_skip is None:
-        return holding({place.writes: recorded})
-    skip = sae.W_skip.detach()
-    exact = torch.promote_types(skip.dtype, torch.float32)
-    before = flat_activation(seen[place.reads], sae.cfg.d_in, sae.cfg.hook_in)
+    sae, recorded = place.sae, seen[place.writes]
+    # Heads are an axis of their own at some sites.
+    free = ~place.trained.reshape(-1, *[1] * (recorded.ndim - 2)) if place.passes else torch.zeros((), dtype=torch.bool)
     change: list[Tensor] = []
 
     def note(tensor: Tensor, hook: Any) -> None:  # noqa: ARG001
-        moved = flat_activation(tensor, sae.cfg.d_in, sae.cfg.hook_in).to(exact) - before.to(exact)
-        change[:] = [(moved @ skip.to(exact)).masked_fill(~place.trained[:, None], 0)]
+        assert sae.W_skip is not None
+        exact = torch.promote_types(sae.dtype, torch.float32)
+        now, before = (flat_activation(x, sae.cfg.d_in, sae.cfg.hook_in).to(exact) for x in (tensor, seen[place.reads]))
+        change[:] = [((now - before) @ sae.W_skip.to(exact)).masked_fill(~place.trained[:, None], 0)]
 
     def hold(tensor: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-        return (recorded.to(exact) + change[0].reshape(recorded.shape)).to(tensor.dtype)
+        value = recorded
+        if sae.W_skip is not None:
+            moved = change.pop().reshape(recorded.shape)
+            value = recorded.to(moved.dtype) + moved
+        return torch.where(free.to(tensor.device), tensor, value.to(tensor.dtype))
 
-    return [(place.reads, note), (place.writes, hold)]
+    if sae.W_skip is None:
+        return Held([(place.writes, hold)], [])
+    if place.reads == place.writes:
+        return Held([(place.reads, note), (place.writes, hold)], [])
+    return Held([(place.writes, hold)], [(place.reads, note)])
 
 
 def refuse_inside_mlp(bridge: TransformerBridge, place: Place) -> None:
@@ -212,20 +207,28 @@ def _freeze(
     saes: Sequence[HookedSAE],
     edited: Collection[HookedSAE],
     parts: Collection[Part],
-) -> tuple[list[NamedHook], dict[HookedSAE, Tensor]]:
+) -> tuple[Held, dict[HookedSAE, Tensor]]:
     """What holds the frozen parts, and with frozen MLPs the clean activations of the edited dictionaries."""
     names = [name for sae in saes for name in hook_names(bridge, sae)]
     _, seen = record(bridge, prompt, dict.fromkeys([*frozen_points(bridge, parts), *names]))
     places = places_of(bridge, prompt, saes, list(seen))
-    clean: dict[HookedSAE, Tensor] = {}
-    if "mlps" in parts:
-        for place in places:
-            sae = place.sae
-            if sae in edited:
-                refuse_inside_mlp(bridge, place)
-                x = flat_activation(seen[place.reads], sae.cfg.d_in, sae.cfg.hook_in)
-                clean[sae] = sae.activate(sae.pre_activation(x))
-    return frozen_hooks(bridge, places, seen, parts), clean
+    constants = {name: seen[name] for name in frozen_points(bridge, parts) if name in seen}
+    if "mlps" not in parts:
+        return Held(holding(constants), []), {}
+    points = bridge.hook_dict
+    mlps = {points[name] for name in frozen_points(bridge, ["mlps"])}
+    held, clean = Held(holding(constants), []), dict[HookedSAE, Tensor]()
+    for place in places:
+        sae = place.sae
+        if points[place.writes] in mlps and sae.W_skip is not None:
+            output = held_output(place, seen)
+            held.before.extend(output.before)
+            held.behind.extend(output.behind)
+        if sae in edited:
+            refuse_inside_mlp(bridge, place)
+            x = flat_activation(seen[place.reads], sae.cfg.d_in, sae.cfg.hook_in)
+            clean[sae] = sae.activate(sae.pre_activation(x))
+    return held, clean
 
 
 def _edit_hook(sae: HookedSAE, edits: Sequence[_LatentEdit], clean: Tensor | None, offset: int) -> NamedHook:
@@ -288,6 +291,14 @@ def _resolve(
         _refuse_untrained(number, site, positions, _untrained(bridge, prompt, sae))
         edits.setdefault(sae, []).append(_LatentEdit(latent, positions, float(value), kind))
     return edits
+
+
+def _one_prompt(bridge: TransformerBridge, tokens: Int[Tensor, "*batch pos"] | str) -> Int[Tensor, "1 pos"]:
+    if isinstance(tokens, str) or tokens.ndim == 1:
+        return token_ids(bridge, tokens)
+    if tokens.ndim != 2 or tokens.shape[0] != 1:
+        raise ValueError(f"tokens has shape {tuple(tokens.shape)}; give one prompt, (pos,) or (1, pos).")
+    return token_ids(bridge, tokens[0])
 
 
 def _positions(number: int, pos: int | slice, *, n_prompt: int, n_seen: int) -> range:

@@ -1,0 +1,392 @@
+"""Predicted against measured: does taking a source away change its targets as the graph says?
+
+Ameisen et al. 2025, "Circuit Tracing", compare a graph's predictions with perturbations of the model ("mechanistic
+faithfulness"); circuit-tracer does so for every edge in its tests. Here it is a call.
+
+1. The sources with the largest influence are taken away one after the other: a latent or an error by an edit of the
+   splice, a token by its embedding.
+2. "direct": attention patterns, norm denominators, MLP outputs and every dictionary's output are held, so that nothing
+   but the source's own write can reach a target. Each target's change is one edge of the graph. They agree up to
+   rounding, or the graph is wrong.
+3. "total": the model runs freely. The graph's prediction follows all paths, latents moving in proportion to their
+   pre-activation. This measures how far the frozen, linear picture carries.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from einops import einsum
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens import TransformerBridge
+
+from scope_lens.attachments import attachments_of, flat_activation
+from scope_lens.circuits.float64 import in_float64
+from scope_lens.circuits.frozen import (
+    NamedHook,
+    frozen_points,
+    holding,
+    in_eval_mode,
+    norm_edits_expected,
+    record,
+)
+from scope_lens.circuits.graph import AttributionGraph, Kind
+from scope_lens.circuits.influence import last_stage_first
+from scope_lens.circuits.interventions import Held, held_output, refuse_inside_mlp
+from scope_lens.circuits.places import EMBED, FINAL, Place, hook_names, places_of
+from scope_lens.circuits.prompt import token_ids
+from scope_lens.circuits.targets import Goal, Target, vectors
+from scope_lens.model import ScopeModel
+from scope_lens.sae import HookedSAE
+
+_SOURCES = (Kind.LATENT, Kind.ERROR, Kind.TOKEN)
+
+
+class Verification(NamedTuple):
+    """How predicted and measured changes compare.
+
+    Attributes:
+        predicted: What the graph says that a source gives to a target's pre-activation, one entry a pair.
+        measured: By how much the pre-activation fell when the source was taken away.
+        slope: Of the line through the origin that fits measured to predicted best.
+        r2: 1 - sum (measured - slope * predicted)^2 / sum measured^2.
+    """
+
+    predicted: Float[Tensor, " pair"]
+    measured: Float[Tensor, " pair"]
+    slope: float
+    r2: float
+
+
+@torch.no_grad()
+def verify(
+    graph: AttributionGraph,
+    model: ScopeModel,
+    *,
+    saes: Sequence[HookedSAE],
+    n: int = 32,
+    mode: Literal["direct", "total"] = "direct",
+    targets: Sequence[Target] = (),
+) -> Verification:
+    """Take sources away and compare what happens with what the graph says.
+
+    "direct" compares every target with each source; pairs that are zero both ways are left out, and so are pairs
+    without an edge in rows that lost some (pruning, `subgraph`). "total" compares what influence starts from: logits,
+    and the targets asked for.
+
+    A direct check of a graph in float64 runs in float64; a half-precision model is checked in float32, with the frozen
+    parts of its own pass. The model is left as it was found.
+
+    Args:
+        graph: Made of this model and these dictionaries; it may be pruned, but not merged.
+        model: The model.
+        saes: The graph's dictionaries.
+        n: How many latents, errors and tokens are taken away, those of largest influence first.
+        mode: "direct" or "total".
+        targets: Directions that the graph was made with; it does not hold their vectors, so that a direction that is
+            not here is not compared.
+
+    Raises:
+        KeyError: A dictionary for a hook that the model does not have.
+        ValueError: Another model's or other dictionaries' graph, a merged one, one without anything to compare, or a
+            dictionary that writes inside an MLP.
+    """
+    if mode not in ("direct", "total"):
+        raise ValueError(f"mode is {mode!r}; expected 'direct' or 'total'.")
+    if n < 1:
+        raise ValueError(f"n is {n}; at least one source has to be taken away.")
+    bridge = model.model
+    _check_model(graph, bridge)
+    ids = token_ids(bridge, graph.tokens)
+    with attachments_of(bridge).set_aside(bridge), in_eval_mode(bridge), norm_edits_expected():
+        if mode == "direct":
+            probe = _held_probe(bridge, ids, saes, dtype=_dtype(graph))
+        else:
+            probe = _free_probe(model, ids, saes)
+        stages = _stages(graph, bridge, probe.places)
+        sources = _strongest(graph, n)
+        readers = _readers(graph, probe, stages, targets, start_only=mode == "total")
+        clean = probe.flow([], [], [])
+        measured = torch.stack(
+            [readers.changes(clean, _without(graph, source, probe, stages)) for source in sources.tolist()], dim=1
+        )
+    if mode == "direct":
+        predicted = _direct(graph, readers.nodes, sources)
+        whole = (graph.dropped[readers.nodes] == 0)[:, None]
+        return _compare(predicted, measured.cpu(), compared=(predicted != 0) | whole)
+    predicted = total_effects(graph, readers.nodes)[:, sources]
+    return _compare(predicted, measured.cpu(), compared=torch.ones_like(predicted, dtype=torch.bool))
+
+
+def total_effects(graph: AttributionGraph, targets: Int[Tensor, " target"]) -> Float[Tensor, "target node"]:
+    """What each node gives to each target along all paths, in float64.
+
+        T[t, s] = A[t, s] + sum over latents l of T[t, l] / activation_l * A[l, s]
+
+    A latent's activation moves as its pre-activation does; errors and tokens depend on nothing. Latents that are not
+    active pass nothing on.
+
+    Args:
+        graph: The graph.
+        targets: Node numbers of targets.
+    """
+    edges = graph.edges
+    active = (graph.kind == Kind.LATENT) & (graph.activation.nan_to_num(0) != 0)
+    share = torch.where(active, 1 / graph.activation.double(), 0)
+    effect = torch.zeros(len(targets), graph.n_nodes, dtype=torch.float64)
+    own = torch.zeros_like(effect)
+    own[torch.arange(len(targets)), targets] = 1
+    for rows, span in last_stage_first(edges, graph.stage):
+        through = own[:, rows] + effect[:, rows] * share[rows]
+        lengths = edges.row_lengths[rows]
+        passed = through.repeat_interleave(lengths, dim=1) * edges.weight[span]
+        effect.index_add_(1, edges.source[span], passed)
+    return effect
+
+
+# ---- the passes ----
+
+
+class _Probe(NamedTuple):
+    """A way of running the prompt with a source taken away."""
+
+    model: ScopeModel
+    ids: Int[Tensor, "1 pos"]
+    places: list[Place]
+    constants: list[NamedHook]  # what makes a float64 pass exact, and the frozen parts
+    outputs: Held
+    dtype: torch.dtype
+
+    def flow(
+        self, first: Sequence[NamedHook], spliced: Sequence[HookedSAE], edits: Sequence[NamedHook]
+    ) -> dict[int, Tensor]:
+        """What is read in one pass, by stage: each dictionary's input, and the final norm's output behind them.
+
+        Args:
+            first: Hooks where tokens write.
+            spliced: Dictionaries that `edits` edit.
+            edits: Hooks at their latents and errors.
+        """
+        seen: dict[int, Tensor] = {}
+
+        def reader(stage: int, name: str, width: int) -> NamedHook:
+            def read(tensor: Tensor, hook: Any) -> None:  # noqa: ARG001
+                seen[stage] = flat_activation(tensor, width, name)[0].clone()
+
+            return name, read
+
+        # An autoencoder reads what arrives at its site, others what the dictionary there leaves.
+        inside = [reader(p.stage, p.reads, p.sae.cfg.d_in) for p in self.places if p.reads == p.writes]
+        others = [reader(p.stage, p.reads, p.sae.cfg.d_in) for p in self.places if p.reads != p.writes]
+        others.append(reader(len(self.places), FINAL, self.model.model.cfg.d_model))
+        with (
+            self.model.model.hooks(fwd_hooks=[*self.constants, *first, *inside, *self.outputs.before]),
+            self.model.saes(spliced, use_error_term=True),
+            self.model.hooks(fwd_hooks=[*others, *self.outputs.behind, *edits]),
+        ):
+            self.model(self.ids, use_cache=False)
+        return seen
+
+
+def _held_probe(
+    bridge: TransformerBridge, ids: Int[Tensor, "1 pos"], saes: Sequence[HookedSAE], *, dtype: torch.dtype
+) -> _Probe:
+    """The linear model: patterns, norms, MLPs and the dictionaries' outputs held at the clean pass's."""
+    exact: list[NamedHook] = []
+    if dtype == torch.float64:
+        bridge, exact = in_float64(bridge)
+    sites = [name for sae in saes for name in hook_names(bridge, sae)]
+    parts = frozen_points(bridge)
+    _, seen = record(bridge, ids, dict.fromkeys([*parts, *sites]), hooks=exact)
+    if next(iter(bridge.parameters())).dtype != dtype:
+        bridge = attachments_of(bridge).deepcopy_bridge(bridge, {}).to(dtype, print_details=False)
+    saes = [sae if sae.dtype == dtype else copy.deepcopy(sae).to(dtype) for sae in saes]
+    places = places_of(bridge, ids, saes, list(seen))
+    for place in places:
+        refuse_inside_mlp(bridge, place)
+    constants = {name: seen[name] for name in parts if name in seen}
+    hooks = [*exact, *holding(constants)]
+    # What flows at the sites once these are held; where a cast of the model came in between, it is not quite `seen`.
+    _, seen = record(bridge, ids, dict.fromkeys(sites), hooks=hooks)
+    outputs = Held([], [])
+    for place in places:
+        output = held_output(place, seen)
+        outputs.before.extend(output.before)
+        outputs.behind.extend(output.behind)
+    return _Probe(ScopeModel(bridge), ids, places, hooks, outputs, dtype)
+
+
+def _free_probe(model: ScopeModel, ids: Int[Tensor, "1 pos"], saes: Sequence[HookedSAE]) -> _Probe:
+    """The model itself, nothing held."""
+    sites = dict.fromkeys(name for sae in saes for name in hook_names(model.model, sae))
+    _, seen = record(model.model, ids, sites)
+    places = places_of(model.model, ids, saes, list(seen))
+    exact = torch.promote_types(next(iter(model.model.parameters())).dtype, torch.float32)
+    return _Probe(model, ids, places, [], Held([], []), exact)
+
+
+def _without(graph: AttributionGraph, source: int, probe: _Probe, stages: Mapping[str, int]) -> dict[int, Tensor]:
+    """What is read when one source is taken away."""
+    pos, index = int(graph.pos[source]), int(graph.index[source])
+
+    def embedding(tensor: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        tensor = tensor.clone()
+        tensor[0, pos] = 0
+        return tensor
+
+    def latent(acts: Tensor, hook: Any) -> None:  # noqa: ARG001
+        acts[0, pos, index] = 0
+
+    def error(error: Tensor, hook: Any) -> None:  # noqa: ARG001
+        error[0, pos] = 0
+
+    kind = Kind(int(graph.kind[source]))
+    if kind is Kind.TOKEN:
+        return probe.flow([(EMBED, embedding)], [], [])
+    sae = probe.places[stages[graph.site[source]]].sae
+    name, edit = ("acts_post", latent) if kind is Kind.LATENT else ("error", error)
+    return probe.flow([], [sae], [(f"{sae.cfg.hook_out}.hook_sae_{name}", edit)])
+
+
+# ---- what is compared ----
+
+
+class _Readers(NamedTuple):
+    """The targets that can be measured."""
+
+    nodes: Int[Tensor, " target"]
+    stage: list[tuple[int, Tensor]]  # of every stage with targets: its number and which of `nodes` they are
+    pos: list[Tensor]
+    reads: list[Tensor]  # the vectors they read with
+
+    def changes(self, clean: Mapping[int, Tensor], other: Mapping[int, Tensor]) -> Float[Tensor, " target"]:
+        """By how much each target's pre-activation is smaller in the other pass."""
+        changes = torch.zeros(len(self.nodes), dtype=torch.float64)
+        for (stage, which), pos, reads in zip(self.stage, self.pos, self.reads, strict=True):
+            gone = clean[stage].to(reads.dtype) - other[stage].to(reads.dtype)
+            changes[which] = einsum(gone[pos], reads, "target d, target d -> target").double().cpu()
+        return changes
+
+
+def _readers(
+    graph: AttributionGraph,
+    probe: _Probe,
+    stages: Mapping[str, int],
+    directions: Sequence[Target],
+    *,
+    start_only: bool,
+) -> _Readers:
+    n_pos = len(graph.tokens)
+    given = {(target.label, target.pos % n_pos): target.vector for target in directions if target.vector is not None}
+    by_stage: dict[int, list[int]] = {}
+    goals: list[Goal] = []
+    nodes: list[int] = graph.targets.tolist()
+    for node in nodes:
+        if start_only and not graph.start[node] > 0:
+            continue
+        kind, pos, index = Kind(int(graph.kind[node])), int(graph.pos[node]), int(graph.index[node])
+        if kind is Kind.LATENT:
+            by_stage.setdefault(stages[graph.site[node]], []).append(node)
+            continue
+        vector = given.get((graph.label[node], pos))
+        if kind is Kind.DIRECTION and vector is None:
+            continue
+        by_stage.setdefault(len(probe.places), []).append(node)
+        goals.append(Goal(kind=kind, pos=pos, index=index, label="", start=0, stage=len(probe.places), vector=vector))
+    if not by_stage:
+        raise ValueError(
+            "The graph has no target that can be measured. A direction's vector is not in the graph: pass the targets "
+            "it was made with, targets=[Target(...)]."
+        )
+    measured = torch.tensor([node for found in by_stage.values() for node in found])
+    readers = _Readers(measured, [], [], [])
+    begin = 0
+    for stage, found in by_stage.items():
+        readers.stage.append((stage, torch.arange(begin, begin + len(found))))
+        begin += len(found)
+        readers.pos.append(graph.pos[found])
+        if stage == len(probe.places):
+            readers.reads.append(vectors(probe.model.model, goals, dtype=probe.dtype))
+        else:
+            index = graph.index[found].to(probe.ids.device)
+            readers.reads.append(probe.places[stage].sae.W_enc.detach().T[index].to(probe.dtype))
+    return readers
+
+
+def _strongest(graph: AttributionGraph, n: int) -> Int[Tensor, " source"]:
+    fits = torch.isin(graph.kind, torch.tensor(_SOURCES))
+    fits &= ~((graph.kind == Kind.LATENT) & (graph.activation == 0))
+    nodes = fits.nonzero()[:, 0]
+    order = graph.influence()[nodes].argsort(descending=True, stable=True)
+    return nodes[order[:n]]
+
+
+def _direct(
+    graph: AttributionGraph, targets: Int[Tensor, " target"], sources: Int[Tensor, " source"]
+) -> Float[Tensor, "target source"]:
+    """The edges between some nodes, dense, in float64."""
+    number = torch.full((graph.n_nodes,), -1)
+    number[sources] = torch.arange(len(sources))
+    row_start = graph.edges.row_start.tolist()
+    found = torch.zeros(len(targets), len(sources), dtype=torch.float64)
+    for row, target in enumerate(targets.tolist()):
+        span = slice(row_start[target], row_start[target + 1])
+        column = number[graph.edges.source[span].long()]
+        found[row, column[column >= 0]] = graph.edges.weight[span][column >= 0].double()
+    return found
+
+
+def _compare(predicted: Tensor, measured: Tensor, *, compared: Tensor) -> Verification:
+    compared = compared & ((predicted != 0) | (measured != 0))
+    p, m = predicted[compared], measured[compared]
+    squares = float(p @ p), float(m @ m)
+    if min(squares) == 0:
+        raise ValueError(
+            f"There is nothing to compare: of {compared.numel()} pairs of a target and a source, the graph predicts "
+            f"{int((p != 0).sum())} changes and {int((m != 0).sum())} were measured."
+        )
+    slope = float(p @ m) / squares[0]
+    left = m - slope * p
+    return Verification(p, m, slope, 1 - float(left @ left) / squares[1])
+
+
+# ---- what is refused ----
+
+
+def _dtype(graph: AttributionGraph) -> torch.dtype:
+    return torch.float64 if graph.settings.get("dtype") == "float64" else torch.float32
+
+
+def _check_model(graph: AttributionGraph, bridge: TransformerBridge) -> None:
+    if graph.settings.get("merged", False):
+        raise ValueError("The graph was merged, and no group can be taken away. Verify the graph it was merged from.")
+    found = int(bridge.cfg.n_layers), int(bridge.cfg.d_vocab)
+    if found != (graph.n_layers, graph.d_vocab):
+        raise ValueError(
+            f"The graph is of a model with {graph.n_layers} layers and {graph.d_vocab} tokens "
+            f"({graph.model or 'unnamed'}), this one has {found[0]} and {found[1]}."
+        )
+
+
+def _stages(graph: AttributionGraph, bridge: TransformerBridge, places: Sequence[Place]) -> dict[str, int]:
+    """The number of the place that each of the graph's sites means."""
+    sites = attachments_of(bridge).sites
+    by_write = {place.writes: place for place in places}
+    stages: dict[str, int] = {}
+    for name in graph.sites:
+        place = by_write.pop(sites.names(sites.resolve(bridge, name))[0], None)
+        if place is None:
+            break
+        stages[name] = place.stage
+    if by_write or len(stages) < len(graph.sites):
+        raise ValueError(
+            f"The graph has dictionaries that write {list(graph.sites)}, those given write "
+            f"{[place.sae.cfg.hook_out for place in places]}. Pass the ones it was made with."
+        )
+    of_latents = graph.kind == Kind.LATENT
+    widths = torch.tensor([places[stages[site]].sae.cfg.d_sae if site in stages else 0 for site in graph.site])
+    if bool((of_latents & ((graph.index < 0) | (graph.index >= widths))).any()):
+        raise ValueError("The graph has latents that these dictionaries do not have. Pass the ones it was made with.")
+    return stages
