@@ -5,6 +5,7 @@
     scope-lens info gemma-2-2b/20-gemmascope-res-16k           one dictionary
     scope-lens evaluate google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71 \
         --model google/gemma-2-2b --text stories.txt --json results.json --html fidelity.html
+    scope-lens graph --model demo --prompt "Once upon a time" --site transcoder --html graph.html
     scope-lens harvest --model demo --text demo --site res --layer 2 --out store
     scope-lens train --store store --site res --layer 2 --width 1k --sparsity 3e-3 --out run
 
@@ -15,11 +16,11 @@ and exit code 1 (2 for the command line itself), Ctrl-C with 130. Nothing heavy 
 import sys
 from collections.abc import Sequence
 
-from scope_lens.cli import fidelity, index, training
+from scope_lens.cli import fidelity, graph, index, training
 from scope_lens.cli.app import app
 from scope_lens.cli.terminal import complain
 
-__all__ = ["fidelity", "index", "main", "training"]
+__all__ = ["fidelity", "graph", "index", "main", "training"]
 _INTERRUPTED = 130
 
 
