@@ -87,7 +87,9 @@ def norm_edits_expected() -> Generator[None]:
 @contextmanager
 def in_eval_mode(bridge: TransformerBridge) -> Generator[None]:
     """Switch dropout off, and back on where it was."""
-    training = [module for module in bridge.modules() if module.training]
+    # The bridge's modules and the wrapped model's overlap, and neither holds all of the other's.
+    modules = {*bridge.modules(), *bridge.original_model.modules()}
+    training = [module for module in modules if module.training]
     for module in training:
         module.training = False
     try:

@@ -198,7 +198,7 @@ def graph_of(
         d_vocab=bridge.cfg.d_vocab,
         model=str(bridge.cfg.model_name),
         sites=[cfg.hook_out for cfg in configs],
-        sources=[f"{cfg.release}/{cfg.path}" if cfg.release else "" for cfg in configs],
+        sources=["/".join(filter(None, (cfg.release, cfg.path))) for cfg in configs],
         checks=checks,
         settings=settings,
     )

@@ -16,8 +16,8 @@ def token_ids(bridge: TransformerBridge, tokens: Int[Tensor, " pos"] | str) -> I
         tokens: Token ids as they are, or text, which the tokenizer puts BOS in front of.
 
     Raises:
-        ValueError: An empty prompt, special tokens alone, an id that the vocabulary does not have, or text without a
-            tokenizer.
+        ValueError: An empty prompt, special tokens alone, more than one prompt, more tokens than the model has position
+            embeddings for, an id that the vocabulary does not have, or text without a tokenizer.
     """
     if isinstance(tokens, str):
         if bridge.tokenizer is None:
@@ -25,6 +25,11 @@ def token_ids(bridge: TransformerBridge, tokens: Int[Tensor, " pos"] | str) -> I
         if not tokens:
             raise ValueError("The prompt is empty; a graph needs at least one token besides BOS.")
         tokens = bridge.to_tokens(tokens)[0]
+    if tokens.ndim != 1 or tokens.is_floating_point():
+        raise ValueError(
+            f"A graph is of one prompt, token ids of shape (pos,); found {tokens.dtype} of shape "
+            f"{tuple(tokens.shape)}. Pass one row of a batch."
+        )
     ids = tokens.to(next(iter(bridge.parameters())).device, torch.long)[None]
     if ids.numel() == 0:
         raise ValueError("The prompt is empty; a graph needs at least one token besides BOS.")
@@ -34,6 +39,9 @@ def token_ids(bridge: TransformerBridge, tokens: Int[Tensor, " pos"] | str) -> I
             f"The prompt has token ids from {int(ids.min())} to {int(ids.max())}; the model's vocabulary goes from 0 "
             f"to {size - 1}. Was it made by another tokenizer?"
         )
+    longest = int(bridge.cfg.n_ctx)
+    if ids.shape[1] > longest and getattr(bridge.cfg, "positional_embedding_type", None) == "standard":
+        raise ValueError(f"The prompt has {ids.shape[1]} tokens; the model has embeddings for {longest} positions.")
     if bool(untrained_positions(ids, special_token_ids(bridge), ("bos", "eos", "pad")).all()):
         raise ValueError(
             f"The prompt is special tokens alone, {ids[0].tolist()}; a graph needs at least one token besides BOS."
