@@ -11,7 +11,7 @@ import nbclient
 import nbformat
 import pytest
 
-import scope_lens
+import scope_lens.circuits
 from scope_lens import cli
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +23,15 @@ _FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 def blocks(page, language):
     """The code blocks of a page: what follows the language (a title says what the code needs), and the code."""
-    return [(rest.strip(), code) for name, rest, code in _FENCE.findall(page.read_text()) if name == language]
+    return [(rest.strip(), code) for name, rest, code in _FENCE.findall(prose(page)) if name == language]
+
+
+def prose(page):
+    """What a page says; of a notebook, its markdown cells."""
+    if page.suffix != ".ipynb":
+        return page.read_text()
+    cells = json.loads(page.read_text())["cells"]
+    return "\n".join("".join(cell["source"]) + "\n" for cell in cells if cell["cell_type"] == "markdown")
 
 
 def runnable(page):
@@ -37,7 +45,7 @@ def test_python_code_runs(page, capsys):
     capsys.readouterr()
 
 
-@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [README, *PAGES, *NOTEBOOKS], ids=lambda page: page.stem)
 def test_python_code_that_needs_the_hub_imports_what_exists(page):
     for rest, code in blocks(page, "python"):
         for node in ast.walk(ast.parse(code)):
@@ -52,7 +60,7 @@ def commands(page):
     return [shlex.split(line, comments=True) for line in lines if line.strip()]
 
 
-@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [README, *PAGES, *NOTEBOOKS], ids=lambda page: page.stem)
 def test_commands_of_the_index_run_and_others_parse(page, capsys):
     for program, *words in commands(page):
         if program == "scope-lens" and words[0] in ("list", "info"):
@@ -88,7 +96,7 @@ def test_the_file_map_of_the_readme_is_the_package():
 
 def test_every_public_name_has_its_page():
     api = "".join(page.read_text() for page in PAGES if page.parent.name == "api")
-    for name in scope_lens.__all__:
+    for name in [*scope_lens.__all__, *scope_lens.circuits.__all__]:
         assert f".{name}\n" in api, f"{name} is in __all__ and on no API page"
 
 
