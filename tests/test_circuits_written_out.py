@@ -15,6 +15,7 @@ from scope_lens.circuits.written_out import WrittenOut, covers
 from scope_lens.model import ScopeModel
 
 D_MODEL, Z_WIDTH, POS = 48, {"gemma2": 80, "gemma3": 80, "llama": 48}, 14
+RESIDUAL = ("embed.hook_out", "0.hook_in", "0.hook_out", "1.hook_in", "1.hook_out", "2.hook_out")  # canonical names
 ARCHITECTURES = ("gemma2", "gemma3", "llama")
 
 
@@ -29,8 +30,8 @@ def at(name, width=D_MODEL, **fields):
 
 
 MIXES = {
-    "transcoders": lambda z: [transcoder(layer) for layer in range(3)],  # noqa: ARG005
-    "transcoders with skip and gain": lambda z: [  # noqa: ARG005
+    "transcoders": lambda z: [transcoder(layer) for layer in range(3)],
+    "transcoders with skip and gain": lambda z: [
         transcoder(0, skip=True),
         transcoder(1, "ln2.hook_out", skip=True),
         transcoder(2, "mlp.hook_in"),
@@ -42,7 +43,7 @@ MIXES = {
         at("blocks.2.attn.hook_z", z, untrained=()),
         transcoder(2),
     ],
-    "residual at every layer": lambda z: [at(f"blocks.{layer}.hook_resid_post") for layer in range(3)],  # noqa: ARG005
+    "residual at every layer": lambda z: [at(f"blocks.{layer}.hook_resid_post") for layer in range(3)],
     "all at once": lambda z: [
         at("hook_embed"),
         at("blocks.0.attn.hook_z", z),
@@ -54,7 +55,7 @@ MIXES = {
         at("blocks.2.hook_attn_out", skip=True, untrained=("bos", "eos")),
         at("blocks.2.hook_mlp_out"),
     ],
-    "none": lambda z: [],  # noqa: ARG005
+    "none": lambda z: [],
 }
 CASES = list(itertools.product(ARCHITECTURES, MIXES))
 
@@ -107,9 +108,6 @@ def test_forward_without_sources_is_what_the_frozen_model_makes_of_the_constants
     hooks.append(("hook_embed", lambda tensor, hook: torch.zeros_like(tensor)))
 
     def constants(place):
-        residual = "resid" in place.writes or place.writes in ("hook_embed", "embed.hook_out", "blocks.1.hook_in",
-                                                               "blocks.0.hook_out", "blocks.1.hook_out", "blocks.2.hook_out")  # fmt: skip
-
         def read(tensor, hook):
             reads[place.stage] = tensor[0].flatten(1)
 
@@ -117,7 +115,7 @@ def test_forward_without_sources_is_what_the_frozen_model_makes_of_the_constants
             leaves = place.sae.b_dec.detach().expand(POS, -1)
             if place.sae.W_skip is not None:
                 leaves = leaves + reads[place.stage] @ place.sae.W_skip.detach()
-            passes = tensor if residual else seen[place.writes]
+            passes = tensor if place.writes.endswith(RESIDUAL) else seen[place.writes]
             return torch.where(place.trained[:, None], leaves, passes[0].flatten(1)).reshape(tensor.shape)
 
         return [(place.reads, read), (place.writes, write)]
