@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -109,6 +110,7 @@ def measure(size: Size, pythons: dict[str, str], folder: Path, threads: int) -> 
         "load": [round(value, 1) for value in (load[0], os.getloadavg()[0])],
         "versions": {name: arm.about["versions"] for name, arm in arms.items()},
         "held_mib": {name: round(arm.about["held_mib"]) for name, arm in arms.items()},
+        "threads": threads,
         "rounds": rounds,
         "table": [row(word, rounds) for word in (*WORK, "prune and export")],
         "json_bytes": {name: (folder / f"{name}_graph" / "graph.json").stat().st_size for name in arms},
@@ -193,6 +195,7 @@ def main() -> None:
     parser.add_argument("--circuit-tracer", required=True, help="Python of the environment with circuit-tracer")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, help="rounds, the first of which does not count; each size has its own")
     parser.add_argument("--work", type=Path, help="folder for the weights, kept; otherwise a temporary one")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the page and its record")
     given = parser.parse_args()
@@ -200,7 +203,7 @@ def main() -> None:
     file = given.out / "graph.json"
     measured = json.loads(file.read_text())["measured"] if file.is_file() else {}
     for name in given.sizes:
-        size = SIZES[name]
+        size = SIZES[name] if given.repeats is None else replace(SIZES[name], repeats=given.repeats)
         if size.device == "cuda" and not torch.cuda.is_available():
             print(f"{name}: no CUDA device here, not run. {size.describe()}: {size.needs()}")
             continue
@@ -209,7 +212,7 @@ def main() -> None:
             measured[name]["date"] = datetime.now(UTC).date().isoformat()
         print(name, json.dumps(measured[name]["table"], indent=1), json.dumps(measured[name]["agreement"], indent=1))
     record = {
-        "environment": {"python": platform.python_version(), "threads": given.threads},
+        "environment": {"python": platform.python_version()},
         "needs": {name: f"{size.describe()}: {size.needs()}" for name, size in SIZES.items() if size.device == "cuda"},
         "measured": {name: measured[name] for name in SIZES if name in measured},
     }
