@@ -10,7 +10,8 @@ adds the change of the latent times its decoder row at the dictionary's output. 
   input. Then a change is based on the clean run's activations: "set" adds `value - clean activation`, whatever other
   edits did to the latent.
 
-With all three frozen, edits have their direct effects, those of an attribution graph's edges.
+With all three frozen, edits have their direct effects. In a graph of transcoders these are its edges. Edges of a graph
+with attention or residual dictionaries end at their sites, and an edit here passes through them: `verify` holds those.
 
 1. Resolve every edit against the dictionaries and the prompt, and refuse what would do nothing.
 2. Record what is frozen in one clean forward pass.
