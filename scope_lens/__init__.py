@@ -31,7 +31,7 @@ _HOME = {
 }
 
 
-_PACKAGES = ("demo", "evaluation", "figures", "releases", "training")
+_PACKAGES = ("circuits", "demo", "evaluation", "figures", "releases", "training")
 
 
 def __getattr__(name: str) -> Any:
