@@ -8,9 +8,11 @@
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
+from jaxtyping import Int
+from torch import Tensor
 
 from scope_lens.circuits.graph import AttributionGraph, Kind
 from scope_lens.figures.axes import elide
@@ -31,8 +33,8 @@ def graph(
     graph: AttributionGraph,
     *,
     labels: Mapping[tuple[str, int], str] | None = None,
-    pinned: Sequence[int] = (),
-    groups: Mapping[str, Sequence[int]] | None = None,
+    pinned: Sequence[int] | Int[Tensor, " pinned"] = (),
+    groups: Mapping[str, Sequence[int] | Int[Tensor, " grouped"]] | None = None,
 ) -> go.Figure:
     """Draw an attribution graph.
 
@@ -46,8 +48,9 @@ def graph(
     Raises:
         ValueError: No nodes, more than can be read, or a node number that the graph does not have.
     """
-    groups = groups or {}
-    _check(graph, [*pinned, *(node for members in groups.values() for node in members)])
+    chosen = [*map(int, pinned)]
+    named = {name: [*map(int, members)] for name, members in (groups or {}).items()}
+    _check(graph, [*chosen, *(node for members in named.values() for node in members)])
     influence = graph.influence()
     targets = graph.targets
     bias_at = graph.pos[targets][graph.bias[targets] != 0].unique().tolist()
@@ -65,20 +68,21 @@ def graph(
 
     style = styles(edges)
     drawn = bands(edges, style, place)
-    own = [number for number, edge in enumerate(edges) if edge.source in pinned or edge.target in pinned]
-    seen = {*pinned, *(end for number in own for end in (edges[number].source, edges[number].target))}
-    nodes = node_traces(graph, place, hover=hover, influence=influence.tolist(), seen=seen if len(pinned) else None)
+    pins = {*chosen}
+    own = [number for number, edge in enumerate(edges) if {edge.source, edge.target} & pins]
+    seen = pins | {end for number in own for end in (edges[number].source, edges[number].target)}
+    nodes = node_traces(graph, place, hover=hover, influence=influence.tolist(), seen=seen if pins else None)
     in_bands = [trace for band in drawn for trace in band.traces]
     of_pinned = pinned_traces([edges[number] for number in own], [style[number] for number in own], place)
-    before_nodes = [*in_bands, *of_pinned, ring(pinned, place)]
-    figure = go.Figure([*before_nodes, *(one.trace for one in nodes), *legend(nodes), *rings(groups, place)])
+    before_nodes = [*in_bands, *of_pinned, ring(chosen, place)]
+    figure = go.Figure([*before_nodes, *(one.trace for one in nodes), *legend(nodes), *rings(named, place)])
     clicks = {
         "x": place.x,
         "y": place.y,
         "source": [edge.source for edge in edges],
         "target": [edge.target for edge in edges],
         "style": style,
-        "pinned": [*pinned],
+        "pinned": chosen,
         "nodes": [one.nodes for one in nodes],
         "faint": FAINT,
         "firstStyle": len(in_bands),
@@ -88,8 +92,8 @@ def graph(
     figure.update_layout(meta={"pin": clicks})
     _axes(figure, place, rows.names, words)
     _name_ends(figure, graph, place)
-    _slide(figure, drawn, hidden=bool(len(pinned)))
-    return _dress(figure, graph, place, n_edges=len(edges), n_entries=len(nodes) + len(groups))
+    _slide(figure, drawn, hidden=bool(pins))
+    return _dress(figure, graph, place, n_edges=len(edges), n_entries=len(nodes) + len(named))
 
 
 def _check(graph: AttributionGraph, nodes: Iterable[int]) -> None:
@@ -143,8 +147,8 @@ def _rows(graph: AttributionGraph, *, bias: bool) -> _Rows:
 
 
 def _axes(figure: go.Figure, place: Layout, rows: Sequence[str], words: Sequence[str]) -> None:
-    for line in place.lines:
-        figure.add_hline(line, line={"color": "#eeeeee", "width": 1}, layer="below")
+    between = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "line": {"color": "#eeeeee", "width": 1}}
+    figure.update_layout(shapes=[{**between, "y0": line, "y1": line, "layer": "below"} for line in place.lines])
     figure.update_xaxes(showgrid=False, zeroline=False, ticks="")
     figure.update_yaxes(showgrid=False, zeroline=False, ticks="")
     angle = -90 if stand_upright(words) else 0
@@ -154,20 +158,14 @@ def _axes(figure: go.Figure, place: Layout, rows: Sequence[str], words: Sequence
 
 def _name_ends(figure: go.Figure, graph: AttributionGraph, place: Layout) -> None:
     """Write what was asked for above the nodes on top."""
+    notes: list[dict[str, Any]] = []
     for node, kind in enumerate(graph.kind.tolist()):
         if kind in _ENDS:
             word = visible(graph.label[node])
             text = f"“{word}” {float(graph.activation[node]):.0%}" if kind == Kind.LOGIT else word
-            figure.add_annotation(
-                x=place.x[node],
-                y=place.y[node] + 7,
-                text=text,
-                showarrow=False,
-                textangle=-45,
-                xanchor="left",
-                yanchor="bottom",
-                font={"size": 12},
-            )
+            notes.append({"x": place.x[node], "y": place.y[node] + 7, "text": text})
+    look = {"showarrow": False, "textangle": -45, "xanchor": "left", "yanchor": "bottom", "font": {"size": 12}}
+    figure.update_layout(annotations=[{**look, **note} for note in notes])
 
 
 def _slide(figure: go.Figure, drawn: Sequence[Band], *, hidden: bool) -> None:
