@@ -191,6 +191,20 @@ def test_an_empty_graph_is_saved_too(tmp_path):
     assert_same(AttributionGraph.load(tmp_path / "empty"), graph)
 
 
+def test_everything_is_made_where_the_graph_is(tmp_path):
+    """A graph elsewhere than the default device stands for one on a GPU: whatever forgets its device raises."""
+    graph = random_graph()
+    graph.save(tmp_path / "graph")
+    with torch.device("meta"):
+        pruned = AttributionGraph.load(tmp_path / "graph").prune(node_mass=0.95)
+        pruned = pruned.subgraph([*range(pruned.n_nodes)]).merge_positions([(0, 2)])
+        merged = pruned.merge({"ends": pruned.find(kind=Kind.LOGIT, site="ln_final.hook_out").tolist()})
+        shown = merged.dense().sum(), merged.influence().sum(), merged.conservation().sum(), merged.to_networkx()
+        scores = merged.scores()
+    assert all(value.device == graph.kind.device for value in shown[:3])
+    assert scores.replacement > 0
+
+
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="graph.st is no file; AttributionGraph.save writes"):
         AttributionGraph.load(tmp_path / "graph.st")

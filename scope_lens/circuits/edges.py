@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-_BLOCK = 4_000_000  # edges looked at together, so that what is computed of each is never held for all of them
+_BLOCK = 1 << 19  # edges looked at together, so that what is computed of each is never held for all of them
 
 
 class Edges(NamedTuple):
@@ -53,7 +53,7 @@ class Part(NamedTuple):
 
 
 def row_blocks(edges: Edges, first: int, last: int) -> Iterator[tuple[slice, slice]]:
-    """Cut the rows `first` to `last - 1` into slices of rows and of their edges, a few million edges each."""
+    """Cut the rows `first` to `last - 1` into slices of rows and of their edges, half a million each or one row."""
     while first < last:
         begin = int(edges.row_start[first])
         fits = int(torch.searchsorted(edges.row_start, begin + _BLOCK, right=True)) - 1
@@ -64,7 +64,7 @@ def row_blocks(edges: Edges, first: int, last: int) -> Iterator[tuple[slice, sli
 
 def targets_of(edges: Edges) -> Int[Tensor, " edge"]:
     """Node number of every edge's target, int32."""
-    nodes = torch.arange(edges.n_nodes, dtype=torch.int32)
+    nodes = torch.arange(edges.n_nodes, dtype=torch.int32, device=edges.source.device)
     return nodes.repeat_interleave(edges.row_lengths, output_size=len(edges.source))
 
 
@@ -75,7 +75,7 @@ def row_sums(edges: Edges, value: Shaped[Tensor, " edge"]) -> Float[Tensor, " no
         edges: Says which edges are of one row.
         value: One number or truth value an edge.
     """
-    sums = torch.zeros(edges.n_nodes, dtype=torch.float64)
+    sums = torch.zeros(edges.n_nodes, dtype=torch.float64, device=value.device)
     for rows, span in row_blocks(edges, 0, edges.n_nodes):
         sums[rows] = torch.segment_reduce(value[span].double(), "sum", lengths=edges.row_lengths[rows])
     return sums
@@ -105,8 +105,8 @@ def part(edges: Edges, nodes: Int[Tensor, " kept"]) -> Part:
         edges: Between all nodes.
         nodes: Ascending.
     """
-    number = torch.full((edges.n_nodes,), -1, dtype=torch.int32)
-    number[nodes] = torch.arange(len(nodes), dtype=torch.int32)
+    number = torch.full((edges.n_nodes,), -1, dtype=torch.int32, device=nodes.device)
+    number[nodes] = torch.arange(len(nodes), dtype=torch.int32, device=nodes.device)
     rows = rows_of(edges, nodes)
     source = number.index_select(0, rows.source)
     stays = source >= 0
@@ -141,24 +141,26 @@ def check(edges: Edges, stage: Int[Tensor, " node"]) -> None:
             f"{int(source.max())}."
         )
     for rows, span in row_blocks(edges, 0, n_nodes):
-        _check_block(edges, stage, rows, span)
+        _check_block(edges, stage.float(), rows, span)
 
 
-def _check_block(edges: Edges, stage: Int[Tensor, " node"], rows: slice, span: slice) -> None:
-    source, lengths = edges.source[span], edges.row_lengths[rows]
+def _check_block(edges: Edges, stage: Tensor, rows: slice, span: slice) -> None:
+    source = edges.source[span]
     ascends = source.diff() > 0
     ends = edges.row_start[rows][1:] - span.start  # where a row begins, the source may fall
     ascends[ends[(ends > 0) & (ends < len(source))] - 1] = True
     if not bool(ascends.all()):
         raise ValueError("The sources of each row of edges must ascend, none twice; sort them by (target, source).")
-    limit = stage[rows].to(torch.int32).repeat_interleave(lengths, output_size=len(source))
-    backward = stage.to(torch.int32).index_select(0, source) >= limit
+    before = stage.index_select(0, source)
+    latest = torch.segment_reduce(before, "max", lengths=edges.row_lengths[rows])
+    backward = latest >= stage[rows]
     if bool(backward.any()):
-        edge = int(backward.nonzero()[0])
-        target = int(torch.searchsorted(edges.row_start, span.start + edge, right=True)) - 1
+        target = rows.start + int(backward.nonzero()[0])
+        row = slice(int(edges.row_start[target]), int(edges.row_start[target + 1]))
+        origin = int(edges.source[row][stage[edges.source[row].long()].argmax()])
         raise ValueError(
-            f"An edge must run from a smaller to a larger stage; that from node {int(source[edge])} (stage "
-            f"{int(stage[source[edge]])}) to node {target} (stage {int(stage[target])}) does not."
+            f"An edge must run from a smaller to a larger stage; that from node {origin} (stage {int(stage[origin])}) "
+            f"to node {target} (stage {int(stage[target])}) does not."
         )
 
 

@@ -242,7 +242,7 @@ class AttributionGraph:
         Raises:
             ValueError: A number that is no node.
         """
-        numbers = torch.as_tensor(nodes, dtype=torch.int64).unique()
+        numbers = torch.as_tensor(nodes, dtype=torch.int64, device=self.kind.device).unique()
         if len(numbers) and not (int(numbers[0]) >= 0 and int(numbers[-1]) < self.n_nodes):
             raise ValueError(
                 f"Nodes are numbered 0 to {self.n_nodes - 1}; asked for {int(numbers[0])} to {int(numbers[-1])}."
@@ -266,11 +266,11 @@ class AttributionGraph:
         firsts = merging.firsts_of_groups(self.n_nodes, groups)
         labels = [*self.label]
         for name, members in groups.items():
-            kinds = {Kind(kind).name for kind in self.kind[torch.as_tensor([*members])].tolist()}
+            kinds = {Kind(kind).name for kind in self.kind[[*map(int, members)]].tolist()}
             if len(kinds) > 1:
                 raise ValueError(f"Group {name!r} has nodes of the kinds {sorted(kinds)}; group each kind by itself.")
             labels[min(members)] = name
-        return self._merged(firsts, labels, self.pos)
+        return self._merged(firsts.to(self.kind.device), labels, self.pos)
 
     def merge_positions(self, spans: Sequence[tuple[int, int]]) -> "AttributionGraph":
         """Make one position of each span: there the same latents, a site's errors, and the tokens become one node each.
@@ -283,7 +283,7 @@ class AttributionGraph:
         Raises:
             ValueError: A span that is empty or outside the prompt, or two that overlap.
         """
-        pos = merging.span_ends(len(self.tokens), spans)[self.pos]
+        pos = merging.span_ends(len(self.tokens), spans).to(self.pos.device)[self.pos]
         labels, seen = [*self.label], dict[tuple[object, ...], int]()
         firsts: list[int] = []
         columns = (self.kind, self.layer, pos, self.index, self.stage)
@@ -294,7 +294,7 @@ class AttributionGraph:
             firsts.append(first)
             if token and first != node:
                 labels[first] += self.label[node]
-        return self._merged(torch.tensor(firsts, dtype=torch.int64), labels, pos)
+        return self._merged(self.kind.new_tensor(firsts), labels, pos)
 
     def save(self, path: str | Path) -> None:
         """Write the graph into one file, whole or not at all: safetensors, with all else as JSON in its header.
@@ -359,13 +359,11 @@ class AttributionGraph:
         edges, inside = merging.merged_edges(self.edges, groups)
         leaders: list[int] = groups.leaders.tolist()
         spelt = sorted({*self.site})
-        site = groups.shared(torch.tensor([spelt.index(name) for name in self.site], dtype=torch.int64))
+        site = groups.shared(self.kind.new_tensor([spelt.index(name) for name in self.site]))
         sums = {name: groups.total(getattr(self, name)) for name in ("activation", "start", "bias", "pre_activation")}
         sums["dropped"] = groups.total(self.dropped) + inside
-        several = (groups.of.bincount() > 1).tolist()
-        names = [
-            labels[node] or self.describe(node) if many else "" for node, many in zip(leaders, several, strict=True)
-        ]
+        sizes: list[int] = groups.of.bincount().tolist()
+        names = [labels[node] if size > 1 else "" for node, size in zip(leaders, sizes, strict=True)]
         return replace(
             self,
             kind=self.kind[groups.leaders],

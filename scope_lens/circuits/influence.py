@@ -28,8 +28,8 @@ def influence(edges: Edges, stage: Int[Tensor, " node"], start: Float[Tensor, " 
         stage: Place of every node in the order of the graph.
         start: Start weight of every node.
     """
-    received = torch.zeros(edges.n_nodes, dtype=torch.float64)
     start = start.double()
+    received = torch.zeros_like(start)
     for rows, span in last_stage_first(edges, stage):
         received.index_add_(0, edges.source[span], _passed_on(edges, rows, span, start[rows] + received[rows]))
     return received
@@ -46,7 +46,7 @@ def edge_influence(
         start: Start weight of every node.
     """
     through = received + start.double()
-    scores = torch.empty(len(edges.source), dtype=torch.float64)
+    scores = through.new_empty(len(edges.source))
     for rows, span in row_blocks(edges, 0, edges.n_nodes):
         scores[span] = _passed_on(edges, rows, span, through[rows])
     return scores
@@ -82,10 +82,10 @@ def completeness(
         missed: Which nodes are errors, or latents that were folded.
     """
     through = received + start.double()
-    lost = 0.0
+    share, lost = missed.double(), 0.0
     for rows, span in row_blocks(edges, 0, edges.n_nodes):
         passed = _passed_on(edges, rows, span, through[rows])
-        lost += float(passed @ missed.double().index_select(0, edges.source[span]))
+        lost += float(passed @ share.index_select(0, edges.source[span]))
     total = float(through.sum())
     return (total - lost) / total if total > 0 else float("nan")
 

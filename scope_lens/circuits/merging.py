@@ -45,7 +45,8 @@ class Groups(NamedTuple):
 
     def total(self, column: Float[Tensor, " node"]) -> Float[Tensor, " group"]:
         """Sum over the members that have a value, in float64; NaN where none has."""
-        sums = torch.zeros(len(self.leaders), dtype=torch.float64).index_add_(0, self.of, column.nan_to_num(0).double())
+        value = column.nan_to_num(0).double()
+        sums = value.new_zeros(len(self.leaders)).index_add_(0, self.of, value)
         valued = torch.zeros_like(sums, dtype=torch.bool)
         valued[self.of[~column.isnan()]] = True
         return torch.where(valued, sums, torch.nan)
@@ -71,7 +72,7 @@ def firsts_of_groups(n_nodes: int, groups: Mapping[str, Sequence[int]]) -> Int[T
     Raises:
         ValueError: A group without nodes, a number that is no node, or a node in two groups.
     """
-    firsts = torch.arange(n_nodes)
+    firsts = torch.arange(n_nodes, device="cpu")
     owner: dict[int, str] = {}
     for name, members in groups.items():
         if not len(members):
@@ -81,7 +82,7 @@ def firsts_of_groups(n_nodes: int, groups: Mapping[str, Sequence[int]]) -> Int[T
                 raise ValueError(f"Group {name!r} has node {node}; the graph's are numbered 0 to {n_nodes - 1}.")
             if owner.setdefault(node, name) != name:
                 raise ValueError(f"Node {node} is in the groups {owner[node]!r} and {name!r}; a node can be in one.")
-        firsts[torch.tensor([*map(int, members)])] = min(map(int, members))
+        firsts[[*map(int, members)]] = min(map(int, members))
     return firsts
 
 
@@ -95,8 +96,8 @@ def span_ends(n_pos: int, spans: Sequence[tuple[int, int]]) -> Int[Tensor, " pos
     Raises:
         ValueError: A span that is empty or outside the prompt, or two that overlap.
     """
-    ends = torch.arange(n_pos)
-    taken = torch.zeros(n_pos, dtype=torch.bool)
+    ends = torch.arange(n_pos, device="cpu")
+    taken = torch.zeros_like(ends, dtype=torch.bool)
     for first, end in spans:
         if not 0 <= first < end <= n_pos:
             raise ValueError(
@@ -132,20 +133,20 @@ def merged_edges(edges: Edges, groups: Groups) -> Merged:
     n_groups = len(groups.leaders)
     rows = (edges.row_lengths > 0).nonzero()[:, 0]
     rows = rows[groups.of[rows].argsort(stable=True)]
-    inside = torch.zeros(n_groups, dtype=torch.float64)
-    lengths = torch.zeros(n_groups, dtype=torch.int64)
+    inside = torch.zeros_like(groups.leaders, dtype=torch.float64)
+    lengths = torch.zeros_like(groups.leaders)
     sources, weights = [edges.source[:0]], [edges.weight[:0]]
     # A few groups at a time, each with a place for every source: no sort of all edges.
     few = max(1, _PLACES // max(1, n_groups))
     for first in range(0, n_groups, few):
-        numbers = torch.arange(first, min(first + few, n_groups))
+        numbers = torch.arange(first, min(first + few, n_groups), device=rows.device)
         members = rows[torch.isin(groups.of[rows], numbers)]
         taken = rows_of(edges, members)
         place = (groups.of[members] - first).repeat_interleave(taken.row_lengths) * n_groups
         place += groups.of.index_select(0, taken.source)
-        sums = torch.zeros(len(numbers), n_groups, dtype=torch.float64)
+        sums = inside.new_zeros(len(numbers), n_groups)
         sums.view(-1).index_add_(0, place, taken.weight.double())
-        own = torch.arange(len(numbers)), numbers
+        own = numbers - first, numbers
         inside[numbers] = sums[own]
         sums[own] = 0
         group, source = sums.nonzero(as_tuple=True)
