@@ -175,8 +175,8 @@ def held_output(place: Place, seen: Mapping[str, Tensor]) -> Held:
     def hold(tensor: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
         value = recorded
         if sae.W_skip is not None:
-            moved = change.pop().reshape(recorded.shape)
-            value = recorded.to(moved.dtype) + moved
+            moved = change.pop()
+            value = recorded.to(moved.dtype) + moved.reshape(-1, *recorded.shape[1:])
         return torch.where(free.to(tensor.device), tensor, value.to(tensor.dtype))
 
     if sae.W_skip is None:

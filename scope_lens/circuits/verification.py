@@ -12,9 +12,8 @@ faithfulness"); circuit-tracer does so for every edge in its tests. Here it is a
    pre-activation. This measures how far the frozen, linear picture carries.
 """
 
-import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from einops import einsum
@@ -22,20 +21,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import TransformerBridge
 
-from scope_lens.attachments import attachments_of, flat_activation
-from scope_lens.circuits.float64 import in_float64
-from scope_lens.circuits.frozen import (
-    NamedHook,
-    frozen_points,
-    holding,
-    in_eval_mode,
-    norm_edits_expected,
-    record,
-)
-from scope_lens.circuits.graph import AttributionGraph, Kind
+from scope_lens.attachments import attachments_of
+from scope_lens.circuits.frozen import in_eval_mode, norm_edits_expected
+from scope_lens.circuits.graph import AttributionGraph
+from scope_lens.circuits.graph_records import Kind
 from scope_lens.circuits.influence import last_stage_first
-from scope_lens.circuits.interventions import Held, held_output, refuse_inside_mlp
-from scope_lens.circuits.places import EMBED, FINAL, Place, hook_names, places_of
+from scope_lens.circuits.places import Place
+from scope_lens.circuits.probes import Probe, Source, free_probe, held_probe
 from scope_lens.circuits.prompt import token_ids
 from scope_lens.circuits.targets import Goal, Target, vectors
 from scope_lens.model import ScopeModel
@@ -72,9 +64,9 @@ def verify(
 ) -> Verification:
     """Take sources away and compare what happens with what the graph says.
 
-    "direct" compares every target with each source; pairs that are zero both ways are left out, and so are pairs
-    without an edge in rows that lost some (pruning, `subgraph`). "total" compares what influence starts from: logits,
-    and the targets asked for.
+    A pair is a source and a target at a later stage and no earlier position. "direct" compares every target; pairs
+    without an edge are left out in rows that lost some (pruning, `subgraph`). "total" compares what influence starts
+    from: logits, and the targets asked for.
 
     A direct check of a graph in float64 runs in float64; a half-precision model is checked in float32, with the frozen
     parts of its own pass. The model is left as it was found.
@@ -101,23 +93,22 @@ def verify(
     _check_model(graph, bridge)
     ids = token_ids(bridge, graph.tokens)
     with attachments_of(bridge).set_aside(bridge), in_eval_mode(bridge), norm_edits_expected():
-        if mode == "direct":
-            probe = _held_probe(bridge, ids, saes, dtype=_dtype(graph))
-        else:
-            probe = _free_probe(model, ids, saes)
+        direct = mode == "direct"
+        probe = held_probe(bridge, ids, saes, dtype=_dtype(graph)) if direct else free_probe(model, ids, saes)
         stages = _stages(graph, bridge, probe.places)
-        sources = _strongest(graph, n)
-        readers = _readers(graph, probe, stages, targets, start_only=mode == "total")
-        clean = probe.flow([], [], [])
-        measured = torch.stack(
-            [readers.changes(clean, _without(graph, source, probe, stages)) for source in sources.tolist()], dim=1
-        )
-    if mode == "direct":
-        predicted = _direct(graph, readers.nodes, sources)
-        whole = (graph.dropped[readers.nodes] == 0)[:, None]
-        return _compare(predicted, measured.cpu(), compared=(predicted != 0) | whole)
-    predicted = total_effects(graph, readers.nodes)[:, sources]
-    return _compare(predicted, measured.cpu(), compared=torch.ones_like(predicted, dtype=torch.bool))
+        nodes = _strongest(graph, n)
+        readers = _readers(graph, probe, stages, targets, start_only=not direct)
+        sources = [_source(graph, node, stages) for node in nodes.tolist()]
+        starts = range(0, len(sources), probe.at_once)
+        changes = [readers.changes(probe.flow(sources[first : first + probe.at_once])) for first in starts]
+        measured = torch.cat(changes, dim=1)
+    possible = graph.pos[nodes] <= graph.pos[readers.nodes][:, None]
+    possible &= graph.stage[nodes] < graph.stage[readers.nodes][:, None]
+    if not direct:
+        return _compare(total_effects(graph, readers.nodes)[:, nodes], measured, compared=possible)
+    predicted = _direct(graph, readers.nodes, nodes)
+    whole = (graph.dropped[readers.nodes] == 0)[:, None]
+    return _compare(predicted, measured, compared=(predicted != 0) | (possible & whole))
 
 
 def total_effects(graph: AttributionGraph, targets: Int[Tensor, " target"]) -> Float[Tensor, "target node"]:
@@ -135,119 +126,15 @@ def total_effects(graph: AttributionGraph, targets: Int[Tensor, " target"]) -> F
     edges = graph.edges
     active = (graph.kind == Kind.LATENT) & (graph.activation.nan_to_num(0) != 0)
     share = torch.where(active, 1 / graph.activation.double(), 0)
-    effect = torch.zeros(len(targets), graph.n_nodes, dtype=torch.float64)
+    effect = share.new_zeros(len(targets), graph.n_nodes)
     own = torch.zeros_like(effect)
-    own[torch.arange(len(targets)), targets] = 1
+    own[torch.arange(len(targets), device=targets.device), targets] = 1
     for rows, span in last_stage_first(edges, graph.stage):
         through = own[:, rows] + effect[:, rows] * share[rows]
         lengths = edges.row_lengths[rows]
         passed = through.repeat_interleave(lengths, dim=1) * edges.weight[span]
         effect.index_add_(1, edges.source[span], passed)
     return effect
-
-
-# ---- the passes ----
-
-
-class _Probe(NamedTuple):
-    """A way of running the prompt with a source taken away."""
-
-    model: ScopeModel
-    ids: Int[Tensor, "1 pos"]
-    places: list[Place]
-    constants: list[NamedHook]  # what makes a float64 pass exact, and the frozen parts
-    outputs: Held
-    dtype: torch.dtype
-
-    def flow(
-        self, first: Sequence[NamedHook], spliced: Sequence[HookedSAE], edits: Sequence[NamedHook]
-    ) -> dict[int, Tensor]:
-        """What is read in one pass, by stage: each dictionary's input, and the final norm's output behind them.
-
-        Args:
-            first: Hooks where tokens write.
-            spliced: Dictionaries that `edits` edit.
-            edits: Hooks at their latents and errors.
-        """
-        seen: dict[int, Tensor] = {}
-
-        def reader(stage: int, name: str, width: int) -> NamedHook:
-            def read(tensor: Tensor, hook: Any) -> None:  # noqa: ARG001
-                seen[stage] = flat_activation(tensor, width, name)[0].clone()
-
-            return name, read
-
-        # An autoencoder reads what arrives at its site, others what the dictionary there leaves.
-        inside = [reader(p.stage, p.reads, p.sae.cfg.d_in) for p in self.places if p.reads == p.writes]
-        others = [reader(p.stage, p.reads, p.sae.cfg.d_in) for p in self.places if p.reads != p.writes]
-        others.append(reader(len(self.places), FINAL, self.model.model.cfg.d_model))
-        with (
-            self.model.model.hooks(fwd_hooks=[*self.constants, *first, *inside, *self.outputs.before]),
-            self.model.saes(spliced, use_error_term=True),
-            self.model.hooks(fwd_hooks=[*others, *self.outputs.behind, *edits]),
-        ):
-            self.model(self.ids, use_cache=False)
-        return seen
-
-
-def _held_probe(
-    bridge: TransformerBridge, ids: Int[Tensor, "1 pos"], saes: Sequence[HookedSAE], *, dtype: torch.dtype
-) -> _Probe:
-    """The linear model: patterns, norms, MLPs and the dictionaries' outputs held at the clean pass's."""
-    exact: list[NamedHook] = []
-    if dtype == torch.float64:
-        bridge, exact = in_float64(bridge)
-    sites = [name for sae in saes for name in hook_names(bridge, sae)]
-    parts = frozen_points(bridge)
-    _, seen = record(bridge, ids, dict.fromkeys([*parts, *sites]), hooks=exact)
-    if next(iter(bridge.parameters())).dtype != dtype:
-        bridge = attachments_of(bridge).deepcopy_bridge(bridge, {}).to(dtype, print_details=False)
-    saes = [sae if sae.dtype == dtype else copy.deepcopy(sae).to(dtype) for sae in saes]
-    places = places_of(bridge, ids, saes, list(seen))
-    for place in places:
-        refuse_inside_mlp(bridge, place)
-    constants = {name: seen[name] for name in parts if name in seen}
-    hooks = [*exact, *holding(constants)]
-    # What flows at the sites once these are held; where a cast of the model came in between, it is not quite `seen`.
-    _, seen = record(bridge, ids, dict.fromkeys(sites), hooks=hooks)
-    outputs = Held([], [])
-    for place in places:
-        output = held_output(place, seen)
-        outputs.before.extend(output.before)
-        outputs.behind.extend(output.behind)
-    return _Probe(ScopeModel(bridge), ids, places, hooks, outputs, dtype)
-
-
-def _free_probe(model: ScopeModel, ids: Int[Tensor, "1 pos"], saes: Sequence[HookedSAE]) -> _Probe:
-    """The model itself, nothing held."""
-    sites = dict.fromkeys(name for sae in saes for name in hook_names(model.model, sae))
-    _, seen = record(model.model, ids, sites)
-    places = places_of(model.model, ids, saes, list(seen))
-    exact = torch.promote_types(next(iter(model.model.parameters())).dtype, torch.float32)
-    return _Probe(model, ids, places, [], Held([], []), exact)
-
-
-def _without(graph: AttributionGraph, source: int, probe: _Probe, stages: Mapping[str, int]) -> dict[int, Tensor]:
-    """What is read when one source is taken away."""
-    pos, index = int(graph.pos[source]), int(graph.index[source])
-
-    def embedding(tensor: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-        tensor = tensor.clone()
-        tensor[0, pos] = 0
-        return tensor
-
-    def latent(acts: Tensor, hook: Any) -> None:  # noqa: ARG001
-        acts[0, pos, index] = 0
-
-    def error(error: Tensor, hook: Any) -> None:  # noqa: ARG001
-        error[0, pos] = 0
-
-    kind = Kind(int(graph.kind[source]))
-    if kind is Kind.TOKEN:
-        return probe.flow([(EMBED, embedding)], [], [])
-    sae = probe.places[stages[graph.site[source]]].sae
-    name, edit = ("acts_post", latent) if kind is Kind.LATENT else ("error", error)
-    return probe.flow([], [sae], [(f"{sae.cfg.hook_out}.hook_sae_{name}", edit)])
 
 
 # ---- what is compared ----
@@ -257,22 +144,23 @@ class _Readers(NamedTuple):
     """The targets that can be measured."""
 
     nodes: Int[Tensor, " target"]
-    stage: list[tuple[int, Tensor]]  # of every stage with targets: its number and which of `nodes` they are
-    pos: list[Tensor]
-    reads: list[Tensor]  # the vectors they read with
+    stage: list[int]  # the stages that have any; `nodes` stand in this order
+    pos: list[Tensor]  # by stage, where they read
+    reads: list[Tensor]  # by stage, the vectors they read with
 
-    def changes(self, clean: Mapping[int, Tensor], other: Mapping[int, Tensor]) -> Float[Tensor, " target"]:
-        """By how much each target's pre-activation is smaller in the other pass."""
-        changes = torch.zeros(len(self.nodes), dtype=torch.float64)
-        for (stage, which), pos, reads in zip(self.stage, self.pos, self.reads, strict=True):
-            gone = clean[stage].to(reads.dtype) - other[stage].to(reads.dtype)
-            changes[which] = einsum(gone[pos], reads, "target d, target d -> target").double().cpu()
-        return changes
+    def changes(self, seen: Mapping[int, Tensor]) -> Float[Tensor, "target source"]:
+        """By how much each target's pre-activation is smaller where a source lacks."""
+        changes: list[Tensor] = []
+        for stage, pos, reads in zip(self.stage, self.pos, self.reads, strict=True):
+            flowed = seen[stage].to(reads.dtype)
+            gone = flowed[:1] - flowed[1:]
+            changes.append(einsum(gone[:, pos], reads, "source target d, target d -> target source"))
+        return torch.cat(changes).to(self.nodes.device, torch.float64)
 
 
 def _readers(
     graph: AttributionGraph,
-    probe: _Probe,
+    probe: Probe,
     stages: Mapping[str, int],
     directions: Sequence[Target],
     *,
@@ -300,13 +188,11 @@ def _readers(
             "The graph has no target that can be measured. A direction's vector is not in the graph: pass the targets "
             "it was made with, targets=[Target(...)]."
         )
-    measured = torch.tensor([node for found in by_stage.values() for node in found])
+    measured = torch.tensor([node for found in by_stage.values() for node in found], device=graph.kind.device)
     readers = _Readers(measured, [], [], [])
-    begin = 0
     for stage, found in by_stage.items():
-        readers.stage.append((stage, torch.arange(begin, begin + len(found))))
-        begin += len(found)
-        readers.pos.append(graph.pos[found])
+        readers.stage.append(stage)
+        readers.pos.append(graph.pos[found].to(probe.ids.device))
         if stage == len(probe.places):
             readers.reads.append(vectors(probe.model.model, goals, dtype=probe.dtype))
         else:
@@ -316,21 +202,26 @@ def _readers(
 
 
 def _strongest(graph: AttributionGraph, n: int) -> Int[Tensor, " source"]:
-    fits = torch.isin(graph.kind, torch.tensor(_SOURCES))
+    fits = torch.isin(graph.kind, torch.tensor(_SOURCES, device=graph.kind.device))
     fits &= ~((graph.kind == Kind.LATENT) & (graph.activation == 0))
     nodes = fits.nonzero()[:, 0]
     order = graph.influence()[nodes].argsort(descending=True, stable=True)
     return nodes[order[:n]]
 
 
+def _source(graph: AttributionGraph, node: int, stages: Mapping[str, int]) -> Source:
+    stage = stages.get(graph.site[node], -1)
+    return Source(Kind(int(graph.kind[node])), int(graph.pos[node]), int(graph.index[node]), stage)
+
+
 def _direct(
     graph: AttributionGraph, targets: Int[Tensor, " target"], sources: Int[Tensor, " source"]
 ) -> Float[Tensor, "target source"]:
     """The edges between some nodes, dense, in float64."""
-    number = torch.full((graph.n_nodes,), -1)
-    number[sources] = torch.arange(len(sources))
+    number = torch.full_like(graph.kind, -1)
+    number[sources] = torch.arange(len(sources), device=number.device)
     row_start = graph.edges.row_start.tolist()
-    found = torch.zeros(len(targets), len(sources), dtype=torch.float64)
+    found = torch.zeros(len(targets), len(sources), dtype=torch.float64, device=number.device)
     for row, target in enumerate(targets.tolist()):
         span = slice(row_start[target], row_start[target + 1])
         column = number[graph.edges.source[span].long()]
@@ -339,12 +230,11 @@ def _direct(
 
 
 def _compare(predicted: Tensor, measured: Tensor, *, compared: Tensor) -> Verification:
-    compared = compared & ((predicted != 0) | (measured != 0))
     p, m = predicted[compared], measured[compared]
     squares = float(p @ p), float(m @ m)
     if min(squares) == 0:
         raise ValueError(
-            f"There is nothing to compare: of {compared.numel()} pairs of a target and a source, the graph predicts "
+            f"There is nothing to compare: of {len(p)} pairs of a target and a source, the graph predicts "
             f"{int((p != 0).sum())} changes and {int((m != 0).sum())} were measured."
         )
     slope = float(p @ m) / squares[0]
@@ -386,7 +276,9 @@ def _stages(graph: AttributionGraph, bridge: TransformerBridge, places: Sequence
             f"{[place.sae.cfg.hook_out for place in places]}. Pass the ones it was made with."
         )
     of_latents = graph.kind == Kind.LATENT
-    widths = torch.tensor([places[stages[site]].sae.cfg.d_sae if site in stages else 0 for site in graph.site])
+    widths = graph.index.new_tensor(
+        [places[stages[site]].sae.cfg.d_sae if site in stages else 0 for site in graph.site]
+    )
     if bool((of_latents & ((graph.index < 0) | (graph.index >= widths))).any()):
         raise ValueError("The graph has latents that these dictionaries do not have. Pass the ones it was made with.")
     return stages
