@@ -49,6 +49,7 @@ def test_it_prints_and_writes_the_graph_of_the_embedded_model(run, tmp_path):  #
     page = json.loads((files["pages"] / "lily-went-to-the.json").read_text())
     assert len([n for n in page["nodes"] if n["feature_type"] != "bias"]) == pruned.n_nodes
     assert page["metadata"]["slug"] == "lily-went-to-the"
+    assert page["metadata"]["scan"] == "tiny-gemma2-stories"
     assert "Attribution graph" in files["g.html"].read_text()
 
 

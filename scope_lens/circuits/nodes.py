@@ -7,6 +7,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,6 +20,7 @@ from scope_lens.circuits.places import EMBED, FINAL, Place
 from scope_lens.circuits.prompt import token_string
 from scope_lens.circuits.sources import Sources
 from scope_lens.circuits.targets import Goal
+from scope_lens.sae_config import SAEConfig
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -196,9 +198,16 @@ def graph_of(
         token_strings=strings,
         n_layers=bridge.cfg.n_layers,
         d_vocab=bridge.cfg.d_vocab,
-        model=str(bridge.cfg.model_name),
+        model=_model_id(bridge, configs),
         sites=[cfg.hook_out for cfg in configs],
         sources=["/".join(filter(None, (cfg.release, cfg.path))) for cfg in configs],
         checks=checks,
         settings=settings,
     )
+
+
+def _model_id(bridge: TransformerBridge, configs: Sequence[SAEConfig]) -> str:
+    """The model's id; where it was loaded from a folder, the one that its dictionaries were made for."""
+    name = str(bridge.cfg.model_name)
+    made_for = {cfg.model for cfg in configs if cfg.model}
+    return made_for.pop() if Path(name).is_absolute() and len(made_for) == 1 else name
