@@ -10,7 +10,7 @@ is differentiated and nothing swept backwards.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -115,12 +115,13 @@ class OracleGraph(NamedTuple):
     clean: dict[str, Tensor]  # what flowed at every point, (pos, width)
 
 
-def dictionary_of(sae, hf: PreTrainedModel, tokens: Tensor, *, untrained_ids: Iterable[int]) -> Dictionary:
-    """Read the arrays and hook names of a `HookedSAE`; positions whose token is in `untrained_ids` are untrained."""
+def dictionary_of(sae, hf: PreTrainedModel, tokens: Tensor) -> Dictionary:
+    """Read the arrays and hook names of a `HookedSAE`; special tokens are those of the model's config."""
+    special = {getattr(hf.config, f"{kind}_token_id") for kind in sae.cfg.untrained}
     post_norms = hf.config.model_type.startswith("gemma")
     cfg = sae.cfg
     layer = re.match(r"blocks\.(\d+)\.", cfg.hook_out)
-    trained = torch.tensor([int(token) not in set(untrained_ids) for token in tokens])
+    trained = torch.tensor([token not in special for token in tokens.tolist()])
     return Dictionary(
         reads=point_name(cfg.hook_in, post_norms=post_norms),
         writes=point_name(cfg.hook_out, post_norms=post_norms),

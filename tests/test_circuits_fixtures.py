@@ -16,7 +16,6 @@ from scope_lens.circuits import AttributionGraph, attribute, verify
 from scope_lens.releases import read_npz
 
 PROMPTS = ["len6", "len9"]
-SPECIAL = {0, 1, 2}
 MLP = "blocks.{}.hook_mlp_out"
 Z = "blocks.{}.attn.hook_z"
 
@@ -148,10 +147,7 @@ def test_attention_and_mlp_in_one_graph_to_the_ninth_digit(nano):
 def test_the_oracle_agrees_with_everything_stored(nano):
     """The independent reference of the other tests, checked by itself."""
     ids = load_file(nano.folder / "expected" / "len9" / "attention-and-mlp.safetensors")
-    both = [
-        dictionary_of(sae, nano.hf, ids["tokens"], untrained_ids=SPECIAL)
-        for sae in (*nano.transcoders, *nano.attention)
-    ]
+    both = [dictionary_of(sae, nano.hf, ids["tokens"]) for sae in (*nano.transcoders, *nano.attention)]
     logits = [(pos, index) for kind, _, pos, index in ids["nodes"].tolist() if kind == 30]
     graph = trace(nano.hf, ids["tokens"], both, logits=logits)
     torch.testing.assert_close(graph.logits[-1], ids["logits"], rtol=1e-12, atol=1e-12)
@@ -160,7 +156,7 @@ def test_the_oracle_agrees_with_everything_stored(nano):
     torch.testing.assert_close(graph.bias.nansum(), ids["bias"][ids["targets"]].sum(), rtol=1e-12, atol=0)
     for prompt in PROMPTS:
         stored, meta = nano.stored(prompt), nano.meta(prompt)
-        ours = [dictionary_of(sae, nano.hf, stored["tokens"], untrained_ids=SPECIAL) for sae in nano.transcoders]
+        ours = [dictionary_of(sae, nano.hf, stored["tokens"]) for sae in nano.transcoders]
         chosen = top_logits(trace(nano.hf, stored["tokens"], []))
         assert [token for _, token in chosen] == stored["logit_tokens"].tolist()
         graph = trace(nano.hf, stored["tokens"], ours, logits=chosen)
@@ -222,7 +218,7 @@ def large() -> Large:
 @pytest.mark.parametrize("length", [5, 12, 17])
 def test_a_larger_model_with_skip_terms(large, length):
     tokens = torch.cat([torch.tensor([2]), torch.randint(3, large.hf.config.vocab_size, (length - 1,))])
-    dictionaries = [dictionary_of(sae, large.hf, tokens, untrained_ids=SPECIAL) for sae in large.saes]
+    dictionaries = [dictionary_of(sae, large.hf, tokens) for sae in large.saes]
     chosen = top_logits(trace(large.hf, tokens, []))
     oracle = trace(large.hf, tokens, dictionaries, logits=chosen)
     single = attribute(large.model, tokens, saes=large.saes, progress=False)
