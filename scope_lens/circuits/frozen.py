@@ -56,10 +56,7 @@ def record(
     seen: dict[str, Tensor] = {}
 
     def note(name: str) -> NamedHook:
-        def hook(tensor: Tensor, hook: HookPoint) -> None:  # noqa: ARG001
-            seen[name] = tensor.detach().clone()
-
-        return name, hook
+        return name, lambda tensor, hook: seen.__setitem__(name, tensor.detach().clone())  # noqa: ARG005
 
     with norm_edits_expected():
         logits = bridge.run_with_hooks(tokens, fwd_hooks=[*hooks, *(note(name) for name in names)], use_cache=False)
