@@ -205,7 +205,7 @@ def main() -> None:
     for name in given.sizes:
         size = SIZES[name] if given.repeats is None else replace(SIZES[name], repeats=given.repeats)
         if size.device == "cuda" and not torch.cuda.is_available():
-            print(f"{name}: no CUDA device here, not run. {size.describe()}: {size.needs()}")
+            print(f"{name}: no CUDA device here, not run. {size.describe()}. {size.needs()}")
             continue
         with working_folder(given.work and given.work / name) as folder:
             measured[name] = measure(size, pythons, folder, given.threads)
@@ -213,7 +213,7 @@ def main() -> None:
         print(name, json.dumps(measured[name]["table"], indent=1), json.dumps(measured[name]["agreement"], indent=1))
     record = {
         "environment": {"python": platform.python_version()},
-        "needs": {name: f"{size.describe()}: {size.needs()}" for name, size in SIZES.items() if size.device == "cuda"},
+        "needs": {name: f"{size.describe()}.\n{size.needs()}" for name, size in SIZES.items() if size.device == "cuda"},
         "measured": {name: measured[name] for name in SIZES if name in measured},
     }
     file.write_text(json.dumps(record, indent=1) + "\n")

@@ -29,15 +29,10 @@ def page(record: dict) -> str:
     lines = [HEAD]
     for name, found in record["measured"].items():
         lines += [*section(name, found), ""]
-    for name in record["needs"].keys() - record["measured"].keys():
-        lines += [
-            f"## {name}, on a GPU",
-            "",
-            f"**Not measured.** No CUDA device was at hand. {record['needs'][name]}",
-            "",
-            f"`--sizes {name}` runs it.",
-            "",
-        ]
+    for name, needs in record["needs"].items():
+        if name not in record["measured"]:
+            lines += [f"## {name}, on a GPU", "", "**Not measured**: no CUDA device was at hand.", needs, ""]
+            lines += [f"`--sizes {name}` runs it.", ""]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
@@ -51,8 +46,8 @@ def section(name: str, found: dict) -> list[str]:
         f"## {name}",
         "",
         (
-            f"{found['size']}. {found['threads']} threads each, {len(found['rounds']['scope_lens']['prune'])} rounds; "
-            f"circuit-tracer works in batches of {found['batch']}."
+            f"{found['size']}. Threads of each: {found['threads']}. Rounds that count: "
+            f"{len(found['rounds']['scope_lens']['prune'])}. circuit-tracer's batch: {found['batch']}."
         ),
         "",
         f"date: {found['date']} · machine: {found['device']}, load average {load} · {versions}",
