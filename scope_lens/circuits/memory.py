@@ -20,7 +20,6 @@ from transformer_lens import TransformerBridge
 from scope_lens.circuits.sources import Sources, Written
 
 _MOST_ROWS = 512  # more targets in one product make it no faster
-_COPIES_OF_EDGES = 1.25  # rows as they are found, and part of them in the order of the nodes
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
 
@@ -66,12 +65,13 @@ def rows_that_fit(sources: Sources, n_ends: int, *, max_latents: int | None, swe
         ValueError: The edges need more than there is; how much, and what would fit.
     """
     itemsize, n_pos = sources.embed.dtype.itemsize, sources.n_pos
-    edges = edges_at_most(sources, n_ends) * _COPIES_OF_EDGES * (itemsize + 4)
+    # Every edge is there as its row was found and, with the number of its source, in the order of the nodes.
+    edges = edges_at_most(sources, n_ends) * (2 * itemsize + 4)
     latents = sources.n_latents
     if max_latents is not None and latents:
         edges *= min(max_latents, latents) / latents
-    # A block of edges is there as products gave it, in the order of the nodes, and as truth values.
-    row = n_pos * sweep_width * itemsize + sources.n_nodes * (2 * itemsize + 5)
+    # A block of edges is there as products gave it, with its columns in order, and as truth values.
+    row = n_pos * sweep_width * itemsize + sources.n_nodes * (2 * itemsize + 1)
     available = available_memory(sources.embed.device)
     rows = int((available - edges) // row)
     if rows >= 1:

@@ -3,7 +3,8 @@
 1. `batches` cuts the targets of each position into sweeps, the latest readers first.
 2. `edges_of` sweeps one of them. As each stage's gradient arrives, one matrix product a position gives the edges from
    all that the stage wrote there.
-3. `Piece`s are rows of one reader without zeros; `assemble` puts all of them in the order of the nodes.
+3. `Piece`s are rows of one reader without the columns that none of them has; `assemble` compresses them all, in the
+   order of the nodes.
 """
 
 from collections.abc import Iterator, Mapping
@@ -45,19 +46,17 @@ class Reads(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Compressed rows of targets of one reader and position.
+    """Rows of targets of one reader and position.
 
     Attributes:
         rows: Node of each row, ascending.
-        lengths: Edges of each row.
-        source: Node of every edge's source, int32, ascending within a row.
-        weight: Direct effect of every edge.
+        columns: Node of each column, ascending, int32.
+        block: Direct effect of each column's node on each row's; zeros may be among them.
     """
 
     rows: Int[Tensor, " row"]
-    lengths: Int[Tensor, " row"]
-    source: Int[Tensor, " edge"]
-    weight: Float[Tensor, " edge"]
+    columns: Int[Tensor, " column"]
+    block: Float[Tensor, "row column"]
 
 
 def batches(
@@ -76,6 +75,10 @@ def batches(
         batch: dict[int, Reads] = {}
         room = at_once
         for stage in range(len(sources.parts), -1, -1):
+            if batch and sources.parts[stage].place.passes:
+                # A cut of the residual stream leaves next to nothing of these rows; later ones go without them.
+                yield pos, batch
+                batch, room = {}, at_once
             if stage == len(sources.parts):
                 here = latents[:0] if ends is None else (ends.pos == pos).nonzero()[:, 0]
             else:
@@ -119,17 +122,17 @@ def edges_of(linear: LinearModel, sources: Sources, *, pos: int, reads: Mapping[
     )
     block = embed.new_zeros(sum(len(found.nodes) for found in reads.values()), len(columns))
 
-    def absorb(stage: int, rows: int, gradient: Float[Tensor, "reached row d_out"]) -> None:
-        reached = len(gradient)
+    def absorb(stage: int, rows: int, gradient: Float[Tensor, "reached row d_out"], *, first: int = 0) -> None:
+        reached = first + len(gradient)
         if stage == TOKENS:
-            block[:rows, :reached] = einsum(gradient, embed[:reached], "reached row d, reached d -> row reached")
+            block[:rows, first:reached] = einsum(gradient, embed[first:reached], "pos row d, pos d -> row pos")
             return
         part = parts[stage]
-        for at in range(reached):
+        for at in range(first, reached):
             begin, end = part.starts[at], part.starts[at + 1]
             if end > begin:
                 into = block[:rows, begins[stage] + begin : begins[stage] + end]
-                torch.mm(gradient[at], part.vectors[begin:end].T, out=into)
+                torch.mm(gradient[at - first], part.vectors[begin:end].T, out=into)
 
     linear.sweep(pos, {reader: reads[reader].vectors for reader in readers}, absorb)
     pieces: list[Piece] = []
@@ -137,60 +140,54 @@ def edges_of(linear: LinearModel, sources: Sources, *, pos: int, reads: Mapping[
     for reader in readers:
         rows = reads[reader].nodes
         ascending, order = columns[: begins[reader]].sort()
-        pieces.append(compressed(rows, ascending, block[first : first + len(rows)].index_select(1, order)))
+        pieces.append(piece(rows, ascending, block[first : first + len(rows)].index_select(1, order)))
         first += len(rows)
     return pieces
 
 
-def compressed(rows: Int[Tensor, " row"], columns: Int[Tensor, " column"], block: Float[Tensor, "row column"]) -> Piece:
-    """Rows without their zeros.
+def piece(rows: Int[Tensor, " row"], columns: Int[Tensor, " column"], block: Float[Tensor, "row column"]) -> Piece:
+    """Drop the columns that are all zero: what a cut site or a window hides from one of the rows, it hides from all.
 
     Args:
         rows: Node of each row, ascending.
         columns: Node of each column, ascending.
         block: Direct effects.
     """
+    columns = columns.to(torch.int32)
     if int(block.count_nonzero()) < block.numel():
-        # Most zeros are whole columns: what a cut site or a window hides from one target it hides from all of them.
         reached = (block != 0).any(0)
         columns, block = columns[reached], block[:, reached]
-    source = columns.to(torch.int32).expand_as(block)
-    there = block != 0
-    if bool(there.all()):
-        return Piece(rows, torch.full_like(rows, len(columns)), source.reshape(-1), block.reshape(-1))
-    return Piece(rows, there.sum(1), source[there], block[there])
+    return Piece(rows, columns, block)
 
 
 def assemble(pieces: list[Piece], n_nodes: int) -> Edges:
-    """Put rows in the order of their nodes.
+    """Compress rows and put them in the order of their nodes.
 
     Args:
-        pieces: Every row once; the list is emptied on the way, so that no edge is held twice for long.
+        pieces: Every row once; the list is emptied on the way, so that no row is held twice for long.
         n_nodes: Number of nodes.
     """
     device = pieces[0].rows.device
     row_start = torch.zeros(n_nodes + 1, dtype=torch.long, device=device)
-    for piece in pieces:
-        row_start[piece.rows + 1] = piece.lengths
+    for rows, _, block in pieces:
+        row_start[rows + 1] = block.count_nonzero(1)
     row_start = row_start.cumsum(0)
     n_edges = int(row_start[-1])
     source = torch.empty(n_edges, dtype=torch.int32, device=device)
-    weight = pieces[0].weight.new_empty(n_edges)
+    weight = pieces[0].block.new_empty(n_edges)
     while pieces:
-        piece = pieces.pop()
-        at = 0
-        for first, size in _runs(piece):
-            begin = int(row_start[first])
-            source[begin : begin + size] = piece.source[at : at + size]
-            weight[begin : begin + size] = piece.weight[at : at + size]
-            at += size
+        rows, columns, block = pieces.pop()
+        for run in _runs(rows):
+            part = block[run]
+            span = slice(int(row_start[rows[run.start]]), int(row_start[rows[run.stop - 1] + 1]))
+            whole = span.stop - span.start == part.numel()
+            there = ... if whole else part != 0
+            source[span] = columns.expand_as(part)[there].reshape(-1)
+            weight[span] = part[there].reshape(-1)
     return Edges(row_start, source, weight)
 
 
-def _runs(piece: Piece) -> list[tuple[int, int]]:
-    """Where the rows of a piece follow each other: the first row and the number of edges of each such run."""
-    breaks = torch.cat([piece.rows.new_zeros(1), (piece.rows.diff() != 1).nonzero()[:, 0] + 1])
-    run = torch.zeros_like(piece.rows)
-    run[breaks[1:]] = 1
-    sizes = torch.zeros_like(breaks).index_add_(0, run.cumsum(0), piece.lengths)
-    return list(zip(piece.rows[breaks].tolist(), sizes.tolist(), strict=True))
+def _runs(rows: Int[Tensor, " row"]) -> list[slice]:
+    """Cut where the nodes do not follow each other."""
+    breaks = (rows.diff() != 1).nonzero()[:, 0] + 1
+    return [slice(first, last) for first, last in pairwise([0, *breaks.tolist(), len(rows)])]

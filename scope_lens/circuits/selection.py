@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from scope_lens.circuits.rows import Piece, compressed
+from scope_lens.circuits.rows import Piece, piece
 
 _ROUNDS = 12  # the choice is made anew this often; more rounds cost more passes over the rows that are known
 
@@ -53,14 +53,15 @@ def fold(pieces: Sequence[Piece], number: Int[Tensor, " node"], n_nodes: int) ->
         number: For each node the number of the one that holds it now.
         n_nodes: How many are left.
     """
-    left: list[Piece] = []
     columns = torch.arange(n_nodes, device=number.device)
-    for piece in pieces:
-        at = torch.arange(len(piece.rows), device=number.device).repeat_interleave(piece.lengths) * n_nodes
-        block = piece.weight.new_zeros(len(piece.rows) * n_nodes)
-        block.index_add_(0, at + number[piece.source], piece.weight)
-        left.append(compressed(number[piece.rows], columns, block.view(-1, n_nodes)))
-    return left
+    return [
+        piece(
+            number[rows],
+            columns,
+            block.new_zeros(len(rows), n_nodes).index_add_(1, number[of_columns], block),
+        )
+        for rows, of_columns, block in pieces
+    ]
 
 
 def _influence(
@@ -68,9 +69,8 @@ def _influence(
 ) -> Float[Tensor, " node"]:
     """`influence.influence` over the rows that are known: a latent without a row passes nothing on."""
     received = torch.zeros_like(start)
-    for piece in sorted(pieces, key=lambda piece: -int(stage[piece.rows[0]])):
-        size = piece.weight.abs()
-        total = torch.segment_reduce(size, "sum", lengths=piece.lengths).clamp(min=1e-10)
-        through = (start[piece.rows] + received[piece.rows]) / total
-        received.index_add_(0, piece.source, size * through.repeat_interleave(piece.lengths))
+    for rows, columns, block in sorted(pieces, key=lambda piece: -int(stage[piece.rows[0]])):
+        size = block.abs()
+        through = (start[rows] + received[rows]) / size.sum(1).clamp(min=1e-10)
+        received.index_add_(0, columns, through @ size)
     return received
