@@ -10,8 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from scope_lens.circuits import attribute
 from scope_lens.circuits.export import neuronpedia
 from scope_lens.circuits.graph import AttributionGraph, Edges, GraphChecks, Kind
+from scope_lens.model import ScopeModel
+from scope_lens.releases.npz import read_npz
 
 NAN = float("nan")
 MLP = "blocks.{}.hook_mlp_out"
@@ -173,10 +176,23 @@ def links_of(page) -> dict[tuple[str, str], float]:
 # ---- the same graph as the peer's ----
 
 
-@pytest.mark.parametrize("prompt", ["len6", "len9"])
-def test_nano_is_circuit_tracers_page_with_ids_that_do_not_collide(shared_data, schema, tmp_path, prompt):
-    graph, peer = stored_graph(shared_data / "graph-crosscheck/nano/expected" / prompt)
-    page = written(graph, tmp_path, slug="nano")
+def attributed(folder: Path, tokens: torch.Tensor) -> AttributionGraph:
+    """Our own graph of a prompt of nano."""
+    saes = [
+        read_npz(folder / f"transcoders/layer_{layer}", hook_in=f"blocks.{layer}.ln2.hook_normalized", hook_out=site)
+        for layer, site in enumerate(map(MLP.format, range(2)))
+    ]
+    model = ScopeModel.from_pretrained(str(folder / "hf_model"))
+    return attribute(model, tokens, saes=saes, max_logits=10, progress=False)
+
+
+@pytest.mark.parametrize(("prompt", "made"), [("len6", "stored"), ("len9", "stored"), ("len9", "by us")])
+def test_nano_is_circuit_tracers_page_with_ids_that_do_not_collide(shared_data, schema, tmp_path, prompt, made):
+    folder = shared_data / "graph-crosscheck/nano"
+    graph, peer = stored_graph(folder / "expected" / prompt)
+    if made == "by us":
+        graph = attributed(folder, graph.tokens)
+    page = written(graph, tmp_path, slug="nano", scan="crosscheck-nano")
     jsonschema.validate(page, schema)
     # An error "0_L_P" has another id here.
     renamed = {
@@ -192,15 +208,17 @@ def test_nano_is_circuit_tracers_page_with_ids_that_do_not_collide(shared_data, 
         assert [node[field] for field in same] == [theirs[name][field] for field in same]
         numbers = [[one[field] for field in ("influence", "activation", "token_prob")] for one in (node, theirs[name])]
         assert [n is None for n in numbers[0]] == [n is None for n in numbers[1]]
-        assert [n or 0 for n in numbers[0]] == pytest.approx([n or 0 for n in numbers[1]], rel=1e-5)
+        assert [n or 0 for n in numbers[0]] == pytest.approx([n or 0 for n in numbers[1]], rel=1e-4)
     assert {n["clerp"] for n in ours.values() if n["feature_type"] == "logit"} >= {
         n["clerp"] for n in peer["nodes"] if n["clerp"].startswith('Output "w')
     }
     links = {ends: weight for ends, weight in links_of(page).items() if "bias" not in ends[0]}
     expected = {(renamed.get(link["source"], link["source"]), link["target"]): link["weight"] for link in peer["links"]}
     assert links.keys() == expected.keys()
-    # float32 to the last bit
-    assert torch.equal(torch.tensor([*links.values()]), torch.tensor([expected[ends] for ends in links]))
+    ours, theirs = torch.tensor([*links.values()]), torch.tensor([expected[ends] for ends in links])
+    if made == "stored":
+        assert torch.equal(ours, theirs)  # float32 to the last bit
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
     assert page["metadata"]["node_threshold"] == peer["metadata"]["node_threshold"] == 0.8
     assert page["metadata"]["scan"] == peer["metadata"]["scan"]
     assert page["metadata"]["prompt_tokens"] == peer["metadata"]["prompt_tokens"]
@@ -333,7 +351,7 @@ def test_without_the_bias_the_page_computes_our_scores(tmp_path):
     graph = every_site().prune(node_mass=0.7, edge_mass=0.8)
     page = written(graph, tmp_path, slug="all", bias=False)
     assert not any(node["feature_type"] == "bias" for node in page["nodes"])
-    assert scores_of_the_page(page) == pytest.approx(tuple(graph.scores()), rel=1e-6)
+    assert scores_of_the_page(page) == pytest.approx(tuple(graph.scores(count_dropped=False)), rel=1e-6)
 
 
 # ---- metadata ----

@@ -103,6 +103,29 @@ def test_scores_count_rests_with_the_errors():
     assert 0.05 < scores.replacement < 0.95
 
 
+def test_what_was_pruned_is_missed():
+    """As if every row had an error more, which writes what the row dropped."""
+    whole = random_graph()
+    graph = whole.prune(node_mass=0.6, edge_mass=0.7)
+    n, targets = graph.n_nodes, graph.targets
+    dense = torch.zeros(2 * n, 2 * n, dtype=torch.float64)
+    dense[:n, :n] = graph.dense()
+    dense[targets, n + targets] = graph.dropped[targets]
+    start = torch.cat([graph.start, torch.zeros(n)])
+    received, shares = power_series(dense, start), normalised(dense)
+    missed = torch.ones(2 * n, dtype=torch.bool)
+    missed[:n] = (graph.kind == Kind.ERROR) | (graph.kind == Kind.REST)
+    tokens, through = received[:n][graph.kind == Kind.TOKEN].sum(), received + start
+    scores = graph.scores()
+    assert scores.replacement == pytest.approx(float(tokens / (tokens + received[missed].sum())), rel=1e-12)
+    expected = ((1 - shares[:, missed].sum(1)) * through).sum() / through.sum()
+    assert scores.completeness == pytest.approx(float(expected), rel=1e-12)
+    assert scores.replacement < whole.scores().replacement
+    left = random_graph().prune(node_mass=0.6, edge_mass=0.7).scores(count_dropped=False)
+    assert scores.replacement < left.replacement
+    assert whole.scores() == whole.scores(count_dropped=False)
+
+
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_the_peers_influence_and_scores(shared_data, prompt):
     graph, tensors, meta = stored(shared_data / "graph-crosscheck/nano/expected" / prompt)

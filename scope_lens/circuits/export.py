@@ -56,7 +56,7 @@ def neuronpedia(
         scan: Model id on Neuronpedia; the last part of the graph's model, e.g. "gemma-2-2b".
         labels: Texts for latents, by site (as `graph.sites` spells it) and number.
         bias: Draw the bias. The page computes the two scores again and takes nodes that it does not know for logits, so
-            without the bias its scores are those of `graph.scores()`.
+            without the bias its scores are those of `graph.scores(count_dropped=False)`.
         node_mass: Of the pruning, for a graph that was never pruned.
         edge_mass: Likewise.
 

@@ -137,10 +137,7 @@ class AttributionGraph:
         return dense
 
     def conservation(self) -> Float[Tensor, " target"]:
-        """|sum of the row + bias + dropped - pre_activation| / (sum of |row| + |bias| + |dropped|), by target.
-
-        Zero where nothing enters a target at all. The order is that of `targets`.
-        """
+        """|sum of row + bias + dropped - pre_activation| / (sum of |row| + |bias| + |dropped|), in the order of `targets`."""
         targets = self.targets
         bias, dropped = self.bias[targets].double(), self.dropped[targets].double()
         row = row_sums(self.edges, self.edges.weight)[targets]
@@ -160,11 +157,11 @@ class AttributionGraph:
         """Numbers of the nodes that fit all that is given, ascending; empty where there is none.
 
         Args:
-            kind: What they are.
-            site: Their `site`, as spelt there.
+            kind: Their kind.
+            site: Their site, as spelt there.
             layer: Their layer.
-            pos: Their position; negative counts from the end of the prompt.
-            index: Their latent, token id or vocabulary id.
+            pos: Their position; negative counts from the end.
+            index: Number of the latent, token id or vocabulary id.
 
         Raises:
             ValueError: A site that no node of this graph has, or a position outside the prompt.
@@ -195,15 +192,22 @@ class AttributionGraph:
 
     def influence(self) -> Float[Tensor, " node"]:
         """I = w M + w M^2 + ..., M the absolute weights over their sum by row, w the start weights; not cumulative."""
-        return self._influence().to(self.edges.weight.dtype)
+        return influence.influence(self.edges, self.stage, self.start).to(self.edges.weight.dtype)
 
-    def scores(self) -> GraphScores:
-        """How much of the influence runs through latents: replacement and completeness score."""
-        received = self._influence()
-        missed = (self.kind == Kind.ERROR) | (self.kind == Kind.REST)
-        return GraphScores(
-            replacement=influence.replacement(received, token=self.kind == Kind.TOKEN, missed=missed),
-            completeness=influence.completeness(self.edges, received, self.start, missed=missed),
+    def scores(self, *, count_dropped: bool = True) -> GraphScores:
+        """How much of the influence runs through latents: replacement and completeness score.
+
+        Args:
+            count_dropped: Count what pruning took out of a row as missed, like a rest. Without it the scores are of
+                what is left, as viewers show them, and rise the more is pruned. A fresh graph has dropped nothing.
+        """
+        return influence.scores(
+            self.edges,
+            self.stage,
+            self.start,
+            token=self.kind == Kind.TOKEN,
+            missed=(self.kind == Kind.ERROR) | (self.kind == Kind.REST),
+            beside=self.dropped.nan_to_num().abs() * count_dropped,
         )
 
     def prune(self, *, node_mass: float = 0.8, edge_mass: float = 0.98) -> "AttributionGraph":
@@ -312,10 +316,7 @@ class AttributionGraph:
 
     @classmethod
     def load(cls, path: str | Path) -> "AttributionGraph":
-        """Read what `save` wrote.
-
-        Args:
-            path: The file.
+        """Read what `save` wrote into the file `path`.
 
         Raises:
             FileNotFoundError: No such file.
@@ -340,9 +341,6 @@ class AttributionGraph:
         columns = {name: getattr(self, name).tolist() for name in _COLUMNS}
         columns |= {"kind": [Kind(kind).name for kind in columns["kind"]], "site": self.site, "label": self.label}
         return networkx_graph(columns, self.edges)
-
-    def _influence(self) -> Float[Tensor, " node"]:
-        return influence.influence(self.edges, self.stage, self.start)
 
     def _part(self, nodes: Int[Tensor, " kept"], left: Part, **changed: Any) -> "AttributionGraph":
         """Keep nodes, ascending, and what is left of their edges."""

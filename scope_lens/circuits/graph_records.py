@@ -16,11 +16,11 @@ class Kind(IntEnum):
 
 
 class GraphScores(NamedTuple):
-    """How much of the graph's influence runs through latents.
+    """How much of the graph's influence runs through latents. Missed are errors, rests, and what was dropped.
 
     Attributes:
-        replacement: Influence of the tokens over that of tokens, errors and rests; NaN where neither has any.
-        completeness: Share of the inputs of all nodes, weighted by their influence, that is no error and no rest.
+        replacement: Influence of the tokens over that of tokens and of what is missed; NaN where neither has any.
+        completeness: Share of the inputs of all nodes, weighted by their influence, that is not missed.
     """
 
     replacement: float

@@ -6,7 +6,7 @@ A row's absolute weights, over their sum, are the shares in which a target's imp
     I = w M + w M^2 + w M^3 + ...,    M[t, s] = |A[t, s]| / sum_s' |A[t, s']|,    w = start weights
 
 1. Edges run forward in stages, so one pass over the rows from the last stage to the first gives the whole series.
-2. `replacement` and `completeness` are the two scores that circuit-tracer made common.
+2. `scores` are the two that circuit-tracer made common, the replacement and the completeness score.
 """
 
 from collections.abc import Iterator
@@ -15,23 +15,31 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from scope_lens.circuits.edges import Edges, row_blocks
+from scope_lens.circuits.edges import Edges, row_blocks, row_sums
+from scope_lens.circuits.graph_records import GraphScores
 
 _LEAST = 1e-10  # a row that sums to less counts for less
 
 
-def influence(edges: Edges, stage: Int[Tensor, " node"], start: Float[Tensor, " node"]) -> Float[Tensor, " node"]:
+def influence(
+    edges: Edges,
+    stage: Int[Tensor, " node"],
+    start: Float[Tensor, " node"],
+    beside: Float[Tensor, " node"] | None = None,
+) -> Float[Tensor, " node"]:
     """I = w M + w M^2 + ..., in float64; the start weights themselves are not in it.
 
     Args:
         edges: Direct effects, each from a smaller to a larger stage.
         stage: Place of every node in the order of the graph.
         start: Start weight of every node.
+        beside: Weight in each row that is no edge, and counts for the sum it is divided by; none if None.
     """
     start = start.double()
     received = torch.zeros_like(start)
     for rows, span in last_stage_first(edges, stage):
-        received.index_add_(0, edges.source[span], _passed_on(edges, rows, span, start[rows] + received[rows]))
+        passed = _passed_on(edges, rows, span, start[rows] + received[rows], beside)
+        received.index_add_(0, edges.source[span], passed)
     return received
 
 
@@ -52,49 +60,46 @@ def edge_influence(
     return scores
 
 
-def replacement(
-    received: Float[Tensor, " node"], *, token: Bool[Tensor, " node"], missed: Bool[Tensor, " node"]
-) -> float:
-    """I(tokens) / (I(tokens) + I(missed)); NaN where neither has influence.
-
-    Args:
-        received: `influence`.
-        token: Which nodes are tokens.
-        missed: Which nodes are errors, or latents that were folded.
-    """
-    tokens, others = float(received[token].sum()), float(received[missed].sum())
-    return tokens / (tokens + others) if tokens + others > 0 else float("nan")
-
-
-def completeness(
+def scores(
     edges: Edges,
-    received: Float[Tensor, " node"],
+    stage: Int[Tensor, " node"],
     start: Float[Tensor, " node"],
     *,
+    token: Bool[Tensor, " node"],
     missed: Bool[Tensor, " node"],
-) -> float:
-    """sum_t (I_t + w_t) (1 - sum_{s missed} M[t, s]) / sum_t (I_t + w_t), over all nodes.
+    beside: Float[Tensor, " node"],
+) -> GraphScores:
+    """I(tokens) / (I(tokens) + I(missed)), and 1 - I(missed) / sum_t (I_t + w_t).
+
+    The second is sum_t (I_t + w_t) (1 - sum_{s missed} M[t, s]) / sum_t (I_t + w_t), summed over the targets first.
 
     Args:
         edges: Direct effects.
-        received: Their `influence`.
+        stage: Place of every node in the order of the graph.
         start: Start weight of every node.
+        token: Which nodes are tokens.
         missed: Which nodes are errors, or latents that were folded.
+        beside: Weight of what is missed in each row and is no edge; not negative.
     """
+    received = influence(edges, stage, start, beside)
     through = received + start.double()
-    share, lost = missed.double(), 0.0
-    for rows, span in row_blocks(edges, 0, edges.n_nodes):
-        passed = _passed_on(edges, rows, span, through[rows])
-        lost += float(passed @ share.index_select(0, edges.source[span]))
-    total = float(through.sum())
-    return (total - lost) / total if total > 0 else float("nan")
+    size = (row_sums(edges, edges.weight.abs()) + beside.double()).clamp(min=_LEAST)
+    aside = float(through @ (beside.double() / size))  # what a node that writes `beside` would receive
+    lost = float(received[missed].sum()) + aside
+    tokens, total = float(received[token].sum()), float(through.sum()) + aside
+    return GraphScores(
+        replacement=tokens / (tokens + lost) if tokens + lost > 0 else float("nan"),
+        completeness=1 - lost / total if total > 0 else float("nan"),
+    )
 
 
-def _passed_on(edges: Edges, rows: slice, span: slice, through: Tensor) -> Tensor:
+def _passed_on(edges: Edges, rows: slice, span: slice, through: Tensor, beside: Tensor | None = None) -> Tensor:
     """M[t, s] through_t of the edges `span`, which are the whole rows `rows`, in float64."""
-    size, lengths = edges.weight[span].abs().double(), edges.row_lengths[rows]
-    each = through / torch.segment_reduce(size, "sum", lengths=lengths).clamp_(min=_LEAST)
-    return size.mul_(each.repeat_interleave(lengths, output_size=len(size)))
+    value, lengths = edges.weight[span].abs().double(), edges.row_lengths[rows]
+    size = torch.segment_reduce(value, "sum", lengths=lengths)
+    size = size if beside is None else size + beside[rows].double()
+    each = through / size.clamp(min=_LEAST)
+    return value.mul_(each.repeat_interleave(lengths, output_size=len(value)))
 
 
 def last_stage_first(edges: Edges, stage: Int[Tensor, " node"]) -> Iterator[tuple[slice, slice]]:
