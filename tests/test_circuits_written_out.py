@@ -15,8 +15,8 @@ from scope_lens.circuits.written_out import WrittenOut, covers
 from scope_lens.model import ScopeModel
 
 D_MODEL, Z_WIDTH, POS = 48, {"gemma2": 80, "gemma3": 80, "llama": 48}, 14
-RESIDUAL = ("embed.hook_out", "0.hook_in", "0.hook_out", "1.hook_in", "1.hook_out", "2.hook_out")  # canonical names
-ARCHITECTURES = ("gemma2", "gemma3", "llama")
+# Canonical names of the sites that pass where a dictionary is not trained.
+RESIDUAL = ("embed.hook_out", "0.hook_in", "0.hook_out", "1.hook_in", "1.hook_out", "2.hook_out")
 
 
 def transcoder(layer, read="ln2.hook_normalized", **fields):
@@ -40,8 +40,13 @@ MIXES = {
         at("blocks.0.attn.hook_z", z),
         at("blocks.1.attn.hook_z", z, skip=True),
         transcoder(1),
-        at("blocks.2.attn.hook_z", z, untrained=()),
+        at("blocks.2.attn.hook_z", z, untrained=("bos", "eos")),
         transcoder(2),
+    ],
+    "trained everywhere": lambda z: [
+        at("blocks.0.hook_resid_post", untrained=()),
+        at("blocks.1.attn.hook_z", z, untrained=()),
+        make_sae("blocks.1.ln2.hook_out", "blocks.1.hook_mlp_out", d_in=D_MODEL, skip=True),
     ],
     "residual at every layer": lambda z: [at(f"blocks.{layer}.hook_resid_post") for layer in range(3)],
     "all at once": lambda z: [
@@ -57,7 +62,9 @@ MIXES = {
     ],
     "none": lambda z: [],
 }
-CASES = list(itertools.product(ARCHITECTURES, MIXES))
+CASES = [("gemma2", mix) for mix in MIXES] + [
+    *itertools.product(("gemma3", "llama"), ("transcoders with skip and gain", "attention and mlp", "all at once"))
+]
 
 
 def prompt():
@@ -150,12 +157,13 @@ def test_sweep_is_the_adjoint_of_forward(architecture, mix, pos):
     found = torch.zeros_like(expected)
     called = []
 
-    def absorb(stage, rows, gradient):
+    def absorb(stage, rows, gradient, *, first=0):
         called.append(stage)
         assert gradient.shape[1] == rows
         assert rows == sum(len(rows) for reader, rows in cotangents.items() if reader > stage)
         source = embed if stage == TOKENS else written[stage]
-        found[:rows] += torch.einsum("prd,pd->r", gradient, source[: len(gradient)])
+        assert source[:first].count_nonzero() == 0
+        found[:rows] += torch.einsum("prd,pd->r", gradient, source[first : first + len(gradient)])
 
     model.sweep(pos, cotangents, absorb)
     assert called == list(range(len(model.places) - 1, TOKENS - 1, -1))

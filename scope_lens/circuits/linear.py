@@ -5,7 +5,7 @@ what is read from it (encoder inputs, the final norm's output). `WrittenOut` has
 Llama; `ThroughAutograd` takes it from the bridge, for every architecture.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Float
@@ -32,9 +32,21 @@ class Stream(NamedTuple):
     final: Float[Tensor, "pos d_model"]
 
 
-# (stage, rows, gradient): of the first `rows` cotangents of a sweep, the gradient at what `stage` writes. The gradient
-# is (pos, row, d_out) for the positions from 0 on that it can reach; behind them it is zero.
-Absorb = Callable[[int, int, Float[Tensor, "pos row d_out"]], None]
+@runtime_checkable
+class Absorb(Protocol):
+    """Takes what a sweep finds at one stage."""
+
+    def __call__(self, stage: int, rows: int, gradient: Float[Tensor, "pos row d_out"], *, first: int = 0) -> None:
+        """Take the gradient at what `stage` writes.
+
+        Args:
+            stage: Who writes.
+            rows: The cotangents that it is the gradient of are the first so many of the sweep.
+            gradient: At positions from `first` on. It is zero at the positions behind it, and nothing but a token
+                writes at those before it.
+            first: Position that the gradient begins at.
+        """
+        ...
 
 
 @runtime_checkable

@@ -5,13 +5,15 @@ down, and a row joins where its target reads; that alone says which rows and pos
 
 * Rows that have not joined are zero.
 * Rows that no attention has spread yet are zero but at the position that their targets read.
-* Behind a residual site with a dictionary, all rows are zero but where it is not trained, which is BOS as a rule.
+* Behind a residual site with a dictionary, all rows are zero but where it is not trained.
 
-Products leave these zeros out. Rows come first in memory, (row, pos, d), so that rows and positions fold into one axis
+Products leave these zeros out. And the first position is left out where no dictionary is trained on it (BOS): it
+attends to itself alone and nothing but its token writes there, so one matrix for each layer (`to_first`) takes what
+arrives there to that token. Rows come first in memory, (row, pos, d), so that rows and positions fold into one axis
 without a copy: every product is one matrix product.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -44,24 +46,35 @@ class PullBack:
         pos: Position that the targets read.
         cotangents: What they read, by the stage of the reader.
         like: Any tensor of the stream's width, dtype and device.
+        to_first: By layer, what takes the gradient at the first position's values to its token; None where a dictionary
+            is trained on that position.
         absorb: Takes the gradients; see `linear.Absorb`.
     """
 
     def __init__(
-        self, pos: int, cotangents: Mapping[int, Float[Tensor, "_ _"]], *, like: Tensor, absorb: Absorb
+        self,
+        pos: int,
+        cotangents: Mapping[int, Float[Tensor, "_ _"]],
+        *,
+        like: Tensor,
+        to_first: Sequence[Float[Tensor, "groups_d_head d_model"]] | None,
+        absorb: Absorb,
     ) -> None:
-        self.pos = pos
         self._absorb = absorb
         self._cotangents = cotangents
+        self._to_first = None if pos == 0 else to_first
+        self._positions = slice(0 if self._to_first is None else 1, pos + 1)  # those of the stream
+        self._at = pos - self._positions.start  # where the targets read, counted in the stream
         self._last_row: dict[int, int] = {}
         rows = 0
         for stage in sorted(cotangents, reverse=True):
             rows += len(cotangents[stage])
             self._last_row[stage] = rows
-        self._stream = like.new_zeros(rows, pos + 1, like.shape[-1])
+        self._stream = like.new_zeros(rows, self._at + 1, like.shape[-1])
+        self._first = like.new_zeros(rows, like.shape[-1])  # at the first token, if the stream leaves it out
         self._joined = 0  # rows from here on have not joined
         self._spread = 0  # rows from here on are fresh
-        self._reach = pos + 1  # positions from here on are zero in the rows that are not fresh
+        self._reach = self._at + 1  # positions from here on are zero in the rows that are not fresh
 
     # ---- the residual stream ----
 
@@ -74,20 +87,30 @@ class PullBack:
         """
         rows = self._admit(stage)
         if scale is not None and rows is not None:
-            self._stream[rows, self.pos] = self._cotangents[stage] * scale
+            self._stream[rows, self._at] = self._cotangents[stage] * scale
 
     def hand_out(self, stage: int) -> None:
         """Give the gradient at the residual stream to a stage that writes there."""
-        if self._joined or stage == TOKENS:
-            gradient = self._stream[: self._joined, : self._extent()]
-            self._absorb(stage, self._joined, rearrange(gradient, "row pos d -> pos row d"))
+        if self._joined:
+            self._give(stage, self._stream[: self._joined, : self._extent()])
+
+    def finish(self) -> None:
+        """Give the gradient at the embeddings to the tokens."""
+        gradient = self._stream[:, : self._extent()]
+        if self._to_first is not None:
+            gradient = torch.cat([rearrange(self._first, "row d -> row 1 d"), gradient], dim=1)
+        self._absorb(TOKENS, self._joined, rearrange(gradient, "row pos d -> pos row d"), first=0)
+
+    def _give(self, stage: int, gradient: Float[Tensor, "row pos d"]) -> None:
+        first = self._positions.start
+        self._absorb(stage, self._joined, rearrange(gradient, "row pos d -> pos row d"), first=first)
 
     def cut_stream(self, cut: Cut | None) -> None:
         """Pass a dictionary at the residual stream or the embeddings."""
         if cut is None:
             return
         self.hand_out(cut.place.stage)
-        trained = cut.place.trained[: self.pos + 1]
+        trained = cut.place.trained[self._positions]
         rows = self._stream[: self._joined]
         if cut.skip is None:
             rows[:, trained] = 0
@@ -106,59 +129,67 @@ class PullBack:
             scale: What takes the gradient at what it reads to the residual stream.
         """
         if cut.skip is not None:
-            trained = cut.place.trained[: self.pos + 1]
+            trained = cut.place.trained[self._positions]
             rows = self._stream[: self._joined]
-            rows[:, trained] += rows[:, trained] @ cut.skip.T * scale[: self.pos + 1][trained]
+            rows[:, trained] += rows[:, trained] @ cut.skip.T * scale[self._positions][trained]
 
     # ---- attention ----
 
-    def through_attention(self, layer: Layer, *, at_out: Cut | None, at_z: Cut | None) -> None:
+    def through_attention(self, number: int, layer: Layer, *, at_out: Cut | None, at_z: Cut | None) -> None:
         """Add what attention pulls back to the residual stream before it.
 
         Args:
-            layer: The layer.
+            number: The layer's number.
+            layer: Its constants.
             at_out: A dictionary at what attention adds.
             at_z: A dictionary at the heads' outputs.
         """
         rows = self._stream[: self._joined]
-        branch = Branch(0, rows[: self._spread, : self._reach], rows[self._spread :, self.pos])
+        branch = Branch(0, rows[: self._spread, : self._reach], rows[self._spread :, self._at])
         if at_out is not None:
             branch = self._cut_branch(at_out, branch)
         branch = Branch(branch.first, branch.spread @ layer.out, branch.fresh @ layer.out)
         if at_z is not None:
             branch = self._cut_branch(at_z, branch, scale=layer.scale_z)
         first, fresh = branch.first, branch.first + len(branch.spread)
+        weights = layer.spread[:, :, self._positions]
         if len(branch.spread):
-            weights = layer.spread[:, :, : self._reach, : self._reach]
             z = rearrange(branch.spread, "row query (group head d) -> row query group head d", **_heads(layer))
-            values = einsum(weights, z, "group head query key, row query group head d -> row key group d")
-            _add_product(self._stream[first:fresh, : self._reach], values, layer.value)
+            by_query = "group head query key, row query group head d -> row key group d"
+            self._add_values(slice(first, fresh), number, layer, weights[:, :, : self._reach], z, by_query)
         if len(branch.fresh):
-            weights = layer.spread[:, :, self.pos, : self.pos + 1]
             z = rearrange(branch.fresh, "row (group head d) -> row group head d", **_heads(layer))
-            values = einsum(weights, z, "group head key, row group head d -> row key group d")
-            _add_product(self._stream[fresh : self._joined], values, layer.value)
-            self._spread, self._reach = self._joined, self.pos + 1
+            by_target = "group head key, row group head d -> row key group d"
+            self._add_values(slice(fresh, self._joined), number, layer, weights[:, :, self._at], z, by_target)
+            self._spread, self._reach = self._joined, self._at + 1
+
+    def _add_values(self, rows: slice, number: int, layer: Layer, weights: Tensor, z: Tensor, pattern: str) -> None:
+        """Spread z over the keys and take what the values get to the stream; `weights` end in (... key)."""
+        reach = self._reach if z.ndim == 5 else self._at + 1
+        keys = weights[..., self._positions.start : self._positions.start + reach]
+        _add_product(self._stream[rows, :reach], einsum(keys, z, pattern), layer.value)
+        if self._to_first is not None:
+            _add_product(self._first[rows, None], einsum(weights[..., :1], z, pattern), self._to_first[number])
 
     def _cut_branch(self, cut: Cut, branch: Branch, *, scale: Float[Tensor, "pos 1"] | None = None) -> Branch:
         """Pass a dictionary inside attention; `scale` is what the branch is too large by."""
-        stage, trained, before = cut.place.stage, cut.place.trained[: self.pos + 1], self._joined
+        stage, before = cut.place.stage, self._joined
+        scale = None if scale is None else scale[self._positions]
+        trained = rearrange(cut.place.trained[self._positions], "pos -> pos 1")
         if before:
-            whole = branch.spread.new_zeros(before, self.pos + 1, branch.spread.shape[-1])
+            whole = branch.spread.new_zeros(before, self._at + 1, branch.spread.shape[-1])
             fresh = branch.first + len(branch.spread)
             whole[branch.first : fresh, : branch.spread.shape[1]] = branch.spread
-            whole[fresh:, self.pos] = branch.fresh
-            if scale is not None:
-                whole /= scale[: self.pos + 1]
-            self._absorb(stage, before, rearrange(whole, "row pos d -> pos row d"))
+            whole[fresh:, self._at] = branch.fresh
+            self._give(stage, whole if scale is None else whole / scale)
         rows = self._admit(stage)
         joining = branch.fresh[:0] if rows is None else self._cotangents[stage]
         if scale is not None:
-            joining = joining * scale[self.pos]
+            joining = joining * scale[self._at]
         if cut.skip is None:
             return Branch(before, branch.spread[:0], joining)
-        spread = branch.spread * rearrange(trained[: branch.spread.shape[1]], "pos -> pos 1") @ cut.skip.T
-        return Branch(branch.first, spread, torch.cat([branch.fresh * trained[self.pos] @ cut.skip.T, joining]))
+        spread = branch.spread * trained[: branch.spread.shape[1]] @ cut.skip.T
+        return Branch(branch.first, spread, torch.cat([branch.fresh * trained[self._at] @ cut.skip.T, joining]))
 
     # ---- rows ----
 
@@ -172,7 +203,7 @@ class PullBack:
 
     def _extent(self) -> int:
         """Positions from here on are zero in all rows."""
-        return self.pos + 1 if self._spread < self._joined else self._reach
+        return self._at + 1 if self._spread < self._joined else self._reach
 
 
 def _heads(layer: Layer) -> dict[str, int]:

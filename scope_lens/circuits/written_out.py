@@ -16,6 +16,7 @@ Definition of the linear model: Ameisen et al. 2025, "Circuit Tracing", section 
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import torch
 from einops import einsum, rearrange
@@ -39,7 +40,7 @@ from scope_lens.circuits.layers import (
     layer_of,
     sites_of,
 )
-from scope_lens.circuits.linear import TOKENS, Absorb, Stream
+from scope_lens.circuits.linear import Absorb, Stream
 from scope_lens.circuits.places import EMBED, FINAL, Place
 from scope_lens.circuits.pull_back import PullBack
 
@@ -154,7 +155,7 @@ class WrittenOut:
 
     def sweep(self, pos: int, cotangents: Mapping[int, Float[Tensor, "_ _"]], absorb: Absorb) -> None:
         """Pull cotangents at one position back; see `linear.LinearModel.sweep`."""
-        rows = PullBack(pos, cotangents, like=self._embed, absorb=absorb)
+        rows = PullBack(pos, cotangents, like=self._embed, to_first=self._to_first, absorb=absorb)
         rows.join(len(self.places), self._final[pos])
         for number, layer in reversed(list(enumerate(self._layers))):
             rows.cut_stream(self._cuts.get(Site(number, POST)))
@@ -167,12 +168,28 @@ class WrittenOut:
                     scale = _to_reader(at_mlp, layer)
                     rows.add_skip(at_mlp, scale)
                     rows.join(at_mlp.place.stage, scale[pos])
-            rows.through_attention(
-                layer, at_out=self._cuts.get(Site(number, ATTN_OUT)), at_z=self._cuts.get(Site(number, Z))
-            )
+            at_out, at_z = self._cuts.get(Site(number, ATTN_OUT)), self._cuts.get(Site(number, Z))
+            rows.through_attention(number, layer, at_out=at_out, at_z=at_z)
             rows.cut_stream(self._cuts.get(Site(number, PRE)))
         rows.cut_stream(self._cuts.get(Site(-1, EMBED)))
-        rows.hand_out(TOKENS)
+        rows.finish()
+
+    @cached_property
+    def _to_first(self) -> list[Float[Tensor, "groups_d_head d_model"]] | None:
+        """By layer, what takes the gradient at the first position's values to its token; see `pull_back`."""
+        if any(bool(place.trained[0]) for place in self.places):
+            return None
+        to_token = torch.eye(self._embed.shape[1], dtype=self._embed.dtype, device=self._embed.device)
+        found: list[Tensor] = []
+        for number, layer in enumerate(self._layers):
+            found.append(layer.value @ to_token)
+            if Site(number, ATTN_OUT) in self._cuts or Site(number, Z) in self._cuts:
+                continue  # a constant there
+            groups, heads = layer.spread.shape[:2]
+            out = rearrange(layer.out, "d_model (group head d) -> d_model group head d", group=groups, head=heads)
+            to_values = einsum(out, layer.spread[:, :, 0, 0], "d_model group head d, group head -> d_model group d")
+            to_token = to_token + rearrange(to_values, "d_model group d -> d_model (group d)") @ found[-1]
+        return found
 
 
 def _to_reader(cut: Cut, layer: Layer) -> Float[Tensor, "pos d_model"]:
