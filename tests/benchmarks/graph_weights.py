@@ -66,7 +66,7 @@ class Size:
         weights = 4 * (self.layers * layer + self.d_vocab * self.d_model) / 2**30
         return (
             f"It needs {weights:.0f} GiB of disk and of memory for the weights, a CUDA build of torch in both "
-            f"environments,\nand a GPU that holds the weights of both processes ({2 * weights:.0f} GiB) beside the work."
+            f"environments,\nand a GPU that holds the weights of both processes ({2 * weights:.0f} GiB) and the work."
         )
 
 
