@@ -92,7 +92,9 @@ def attribute(
     ids = token_ids(bridge, tokens)
     _refuse_other_depths(bridge, saes)
     refuse_long_prompt(bridge, ids.shape[1], dtype=dtype, device=ids.device)
-    with torch.no_grad(), attachments_of(bridge).set_aside(bridge), in_eval_mode(bridge):
+    # Inference mode would keep `ThroughAutograd` from gradients, and its tensors cannot be taken back into it.
+    with torch.inference_mode(False), torch.no_grad(), attachments_of(bridge).set_aside(bridge), in_eval_mode(bridge):
+        ids = ids.clone()
         bridge, hooks = in_float64(bridge) if dtype == torch.float64 else (bridge, [])
         sites = [name for sae in saes for name in hook_names(bridge, sae)]
         names = dict.fromkeys([EMBED, *frozen_points(bridge), *sites])
