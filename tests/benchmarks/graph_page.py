@@ -11,7 +11,7 @@ The same random Gemma 2 with a transcoder on every layer, the same prompt, and t
 node and a target, with errors, tokens and the ten logits. Both packages read the weights from the same files, run in
 processes of their own, and take turns; the first round does not count. Seconds are medians over the other rounds, wall
 time and processor time of all threads. A ratio is circuit-tracer's over ours in the same round: median, least and
-greatest. Peak memory is that of the whole process, libraries and weights included.
+greatest. Peak memory is that of the whole process, libraries and weights included; on a GPU, what is allocated there.
 
 "the graph" is `attribute` of each package from tokens to edges; ours includes its checks. "pruning" is at 0.8 of the
 nodes' influence and 0.98 of the edges'. "JSON" is the file that Neuronpedia reads, from a graph already pruned;

@@ -59,7 +59,10 @@ def make(folder: Path, plan: dict) -> GraphArm:
         state["graph"] = attribute(tokens, model, batch_size=plan["batch"])
 
     def prune() -> None:
-        state["pruned"] = prune_graph(state["graph"])
+        # On the device and back, as its export does.
+        state["graph"].to(plan["device"])
+        state["pruned"] = PruneResult(*(part.cpu() for part in prune_graph(state["graph"])))
+        state["graph"].to("cpu")
 
     def export(own: Path) -> None:
         with (
