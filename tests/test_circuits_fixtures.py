@@ -242,6 +242,30 @@ def test_a_larger_model_with_skip_terms(large, length):
     assert kept == {(oracle.nodes[t], oracle.nodes[s]) for t, s in edges.nonzero().tolist()}
 
 
+def test_what_max_latents_folds_is_the_oracles_sum(large):
+    tokens = torch.tensor([40, 50, 2, 60, 70, 80])  # BOS is not in front, so that the first position has latents too
+    dictionaries = [dictionary_of(sae, large.hf, tokens) for sae in large.saes]
+    oracle = trace(large.hf, tokens, dictionaries, logits=[(-1, 9)])
+    graph = attribute(
+        large.model, tokens, saes=large.saes, targets=[9], max_latents=20, dtype=torch.float64, progress=False
+    )
+    mine = nodes_of(graph)
+    number = {node: i for i, node in enumerate(oracle.nodes)}
+    kept = [node for node in mine if node.kind == LATENT]
+    assert len(kept) == 20
+    assert {node.pos for node in oracle.nodes if node.kind == LATENT} >= {0, 1}
+    folded = [node for node in oracle.nodes if node.kind == LATENT and node not in kept]
+    assert {(node.site, node.pos) for node in mine if node.kind == "REST"} == {(n.site, n.pos) for n in folded}
+    dense, rows = graph.dense(), [mine.index(node) for node in mine if node.kind in (LATENT, LOGIT)]
+    for column, node in enumerate(mine):
+        if node.kind == "REST":
+            sources = [number[n] for n in folded if (n.site, n.pos) == (node.site, node.pos)]
+        else:
+            sources = [number[node]]
+        expected = oracle.adjacency[[number[mine[row]] for row in rows]][:, sources].sum(1)
+        torch.testing.assert_close(dense[rows, column], expected, rtol=1e-9, atol=1e-12)
+
+
 def test_the_larger_model_by_intervention(large):
     tokens = torch.cat([torch.tensor([2]), torch.randint(3, large.hf.config.vocab_size, (9,))])
     graph = attribute(large.model, tokens, saes=large.saes, progress=False)

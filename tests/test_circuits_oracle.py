@@ -80,6 +80,14 @@ MIXES: dict[str, Callable[[PreTrainedModel], list[HookedSAE]]] = {
         + at("attn.hook_z", hf, [2], activation="relu", pre_encoder_bias=True)
     ),
 }
+# What no matrices are written out for: attention's transcoder, other layers' reads, two dictionaries at one hook.
+ELSEWHERE = "transcoders elsewhere"
+MIXES[ELSEWHERE] = lambda hf: [
+    *embedding(),
+    *across("ln1.hook_normalized", [0, 2], writes="hook_attn_out", skip=True),
+    make_sae("hook_embed", "blocks.0.hook_mlp_out", d_in=WIDTH, d_sae=LATENTS, skip=True),
+    make_sae("blocks.0.hook_resid_mid", "blocks.2.hook_mlp_out", d_in=WIDTH, d_sae=LATENTS),
+]
 FEW = ["gained transcoders, some with skip", "attention", "residual once, transcoders", "all", "canonical names"]
 CASES = [("gemma2", mix) for mix in MIXES]
 CASES += [(architecture, mix) for architecture in ("gemma3", "llama", "gpt2") for mix in FEW]
@@ -120,8 +128,8 @@ def test_every_mix_of_sites_is_the_oracles(models, architecture, mix, monkeypatc
     targets = [*TOKENS, Target("towards", 3, vector=vector), Target("may be silent", -2, latent=(site, silent))]
     # What differs between architectures is the bridge's in the second path, so that one mix shows it.
     paths = PATHS[architecture] if mix == "all" or architecture == "gemma2" else PATHS[architecture][:1]
-    for path in paths:
-        if path == "autograd":
+    for path in ["autograd"] if mix == ELSEWHERE else paths:
+        if path == "autograd" and mix != ELSEWHERE:
             monkeypatch.setattr("scope_lens.circuits.attribution.covers", lambda *args, **kwargs: False)
         graph = attribute(
             model,
