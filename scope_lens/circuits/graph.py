@@ -137,7 +137,7 @@ class AttributionGraph:
         return dense
 
     def conservation(self) -> Float[Tensor, " target"]:
-        """|sum of row + bias + dropped - pre_activation| / (sum of |row| + |bias| + |dropped|), as `targets` has them."""
+        """|sum of row + bias + dropped - pre_activation| / (sum of |row| + |bias| + |dropped|), one for each target."""
         targets = self.targets
         bias, dropped = self.bias[targets].double(), self.dropped[targets].double()
         row = row_sums(self.edges, self.edges.weight)[targets]
