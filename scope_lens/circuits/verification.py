@@ -68,8 +68,9 @@ def verify(
     without an edge are left out in rows that lost some (pruning, `subgraph`). "total" compares what influence starts
     from: logits, and the targets asked for.
 
-    A direct check of a graph in float64 runs in float64; a half-precision model is checked in float32, with the frozen
-    parts of its own pass. The model is left as it was found.
+    A direct check of a graph in float64 runs in float64. A half-precision model is checked in float32, with the frozen
+    parts of its own pass; its activations are then rounded ones, and the slope is 1 to their rounding. The model is
+    left as it was found.
 
     Args:
         graph: Made of this model and these dictionaries; it may be pruned, but not merged.
