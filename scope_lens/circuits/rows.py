@@ -12,7 +12,6 @@ from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
-from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -123,16 +122,16 @@ def edges_of(linear: LinearModel, sources: Sources, *, pos: int, reads: Mapping[
     block = embed.new_zeros(sum(len(found.nodes) for found in reads.values()), len(columns))
 
     def absorb(stage: int, rows: int, gradient: Float[Tensor, "reached row d_out"], *, first: int = 0) -> None:
-        reached = first + len(gradient)
+        here = range(first, first + len(gradient))
         if stage == TOKENS:
-            block[:rows, first:reached] = einsum(gradient, embed[first:reached], "pos row d, pos d -> row pos")
-            return
-        part = parts[stage]
-        for at in range(first, reached):
-            begin, end = part.starts[at], part.starts[at + 1]
-            if end > begin:
-                into = block[:rows, begins[stage] + begin : begins[stage] + end]
-                torch.mm(gradient[at - first], part.vectors[begin:end].T, out=into)
+            vectors, starts, begin = embed, range(pos + 2), 0
+        else:
+            vectors, starts, begin = parts[stage].vectors, parts[stage].starts, begins[stage]
+        for at in here:
+            written = slice(starts[at], starts[at + 1])
+            if written.stop > written.start:
+                into = block[:rows, begin + written.start : begin + written.stop]
+                torch.mm(gradient[at - first], vectors[written].T, out=into)
 
     linear.sweep(pos, {reader: reads[reader].vectors for reader in readers}, absorb)
     pieces: list[Piece] = []
