@@ -18,7 +18,7 @@ from scope_lens.circuits.graph import AttributionGraph, Kind
 from scope_lens.figures.axes import elide
 from scope_lens.figures.graph_edges import NEGATIVE, POSITIVE, Band, bands, edges_of, pinned_traces, styles
 from scope_lens.figures.graph_layout import Cell, Layout, lay_out, stand_upright
-from scope_lens.figures.graph_names import bias_text, hover_texts, names, site_name, visible
+from scope_lens.figures.graph_names import bias_text, hover_texts, html, names, site_name, visible
 from scope_lens.figures.graph_nodes import FAINT, legend, node_traces, ring, rings
 
 _MOST_NODES = 1_500
@@ -57,7 +57,7 @@ def graph(
     bias_nodes = {pos: graph.n_nodes + number for number, pos in enumerate(bias_at)}
     rows = _rows(graph, bias=bool(bias_at))
     cells = [*map(Cell, rows.of, graph.pos.tolist()), *(Cell(0, pos) for pos in bias_at)]
-    words = [visible(token) for token in graph.token_strings]
+    words = [elide(visible(token)) for token in graph.token_strings]
     place = lay_out(cells, [*influence.tolist(), *(0.0 for _ in bias_at)], words=words)
     edges = edges_of(graph, influence, bias_nodes)
     called = [*names(graph, labels or {}), *("bias" for _ in bias_at)]
@@ -93,7 +93,7 @@ def graph(
     _axes(figure, place, rows.names, words)
     _name_ends(figure, graph, place)
     _slide(figure, drawn, hidden=bool(pins))
-    return _dress(figure, graph, place, n_edges=len(edges), n_entries=len(nodes) + len(named))
+    return _dress(figure, graph, place, words=words, n_edges=len(edges), n_entries=len(nodes) + len(named))
 
 
 def _check(graph: AttributionGraph, nodes: Iterable[int]) -> None:
@@ -152,18 +152,22 @@ def _axes(figure: go.Figure, place: Layout, rows: Sequence[str], words: Sequence
     figure.update_xaxes(showgrid=False, zeroline=False, ticks="")
     figure.update_yaxes(showgrid=False, zeroline=False, ticks="")
     angle = -90 if stand_upright(words) else 0
-    figure.update_xaxes(range=(0, place.width), tickvals=place.columns, ticktext=[*words], tickangle=angle)
+    figure.update_xaxes(range=(0, place.width), tickvals=place.columns, ticktext=[*map(html, words)], tickangle=angle)
     figure.update_yaxes(range=(0, place.height), tickvals=place.rows, ticktext=[*rows])
 
 
 def _name_ends(figure: go.Figure, graph: AttributionGraph, place: Layout) -> None:
-    """Write what was asked for above the nodes on top."""
+    """Write what was asked for above the nodes on top, and the names of merged groups."""
     notes: list[dict[str, Any]] = []
     for node, kind in enumerate(graph.kind.tolist()):
         if kind in _ENDS:
-            word = visible(graph.label[node])
+            word = html(graph.label[node])
             text = f"“{word}” {float(graph.activation[node]):.0%}" if kind == Kind.LOGIT else word
             notes.append({"x": place.x[node], "y": place.y[node] + 7, "text": text})
+        elif kind != Kind.TOKEN and graph.label[node]:
+            name = html(graph.label[node])
+            place_of_name = {"textangle": 0, "xanchor": "center", "font": {"size": 12, "weight": 600}}
+            notes.append({"x": place.x[node], "y": place.y[node] + 5, "text": name, **place_of_name})
     look = {"showarrow": False, "textangle": -45, "xanchor": "left", "yanchor": "bottom", "font": {"size": 12}}
     figure.update_layout(annotations=[{**look, **note} for note in notes])
 
@@ -196,16 +200,26 @@ def _slide(figure: go.Figure, drawn: Sequence[Band], *, hidden: bool) -> None:
         figure.update_layout(sliders=[{"active": active, "steps": steps, "currentvalue": current, "len": 0.62}])
 
 
-def _dress(figure: go.Figure, graph: AttributionGraph, place: Layout, *, n_edges: int, n_entries: int) -> go.Figure:
-    """Title, legend and one plain look, in a size that leaves room for all of it."""
-    longest = max(map(len, figure.layout.xaxis.ticktext))
-    words = 8 * min(longest, 20) if figure.layout.xaxis.tickangle else 20
+def _dress(
+    figure: go.Figure, graph: AttributionGraph, place: Layout, *, words: Sequence[str], n_edges: int, n_entries: int
+) -> go.Figure:
+    """Title, legend and one plain look, in a size that leaves room for all of it.
+
+    Args:
+        figure: What is dressed.
+        graph: What it draws.
+        place: Where.
+        words: What stands under the columns.
+        n_edges: Number of edges, those of the bias included.
+        n_entries: Entries of the legend.
+    """
+    under = 8 * max(map(len, words)) if stand_upright(words) else 20
     legend = 22 * -(-n_entries // max(1, int(place.width // _ENTRY)))
-    slider = 85 if figure.layout.sliders else 0
+    slider = 90 if figure.layout.sliders else 0
     scores = graph.scores()
     figure.update_layout(
         title={
-            "text": f"<b>Attribution graph: {elide(graph.model.rstrip('/').rsplit('/', maxsplit=1)[-1])}</b>",
+            "text": f"<b>Attribution graph: {html(elide(graph.model.rstrip('/').rsplit('/', maxsplit=1)[-1]))}</b>",
             "subtitle": {
                 "text": f"{graph.n_nodes:,} nodes, {n_edges:,} edges; replacement {scores.replacement:.2f}, "
                 f"completeness {scores.completeness:.2f}; <span style='color:{POSITIVE}'>positive</span> and "
@@ -213,19 +227,19 @@ def _dress(figure: go.Figure, graph: AttributionGraph, place: Layout, *, n_edges
             },
             "x": 0.01,
             "yref": "container",
-            "y": 1 - 30 / (place.height + _TOP + words + legend + slider + 30),
+            "y": 1 - 30 / (place.height + _TOP + under + legend + slider + 30),
             "yanchor": "top",
         },
         width=place.width + _LEFT + _RIGHT,
-        height=place.height + _TOP + words + legend + slider + 30,
-        margin={"t": _TOP, "b": words + legend + slider + 30, "l": _LEFT, "r": _RIGHT, "autoexpand": False},
+        height=place.height + _TOP + under + legend + slider + 30,
+        margin={"t": _TOP, "b": under + legend + slider + 30, "l": _LEFT, "r": _RIGHT, "autoexpand": False},
         legend={
             "orientation": "h",
             "x": 0,
-            "y": -(words + 12) / place.height,
+            "y": -(under + 12) / place.height,
             "yanchor": "top",
             "entrywidth": _ENTRY - 45,
-            "itemsizing": "constant",
+            "tracegroupgap": 0,
         },
         template="plotly_white",
         hovermode="closest",
@@ -233,5 +247,5 @@ def _dress(figure: go.Figure, graph: AttributionGraph, place: Layout, *, n_edges
         hoverlabel={"bgcolor": "white", "font_size": 12, "align": "left"},
     )
     if slider:
-        figure.layout.sliders[0].update(y=-(words + legend + 22) / place.height, x=0, pad={"t": 0})
+        figure.layout.sliders[0].update(y=-(under + legend + 26) / place.height, x=0, pad={"t": 0})
     return figure

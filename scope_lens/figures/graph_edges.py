@@ -99,12 +99,14 @@ def bands(edges: Sequence[Edge], style: Sequence[int], place: Layout) -> list[Ba
     found: list[Band] = []
     first, upto = 0, _FIRST_BAND
     while first < len(drawn):
+        if len(drawn) - upto < upto / 2:
+            upto = len(drawn)  # a last band of a few would be a step of the slider that changes nothing
         alike: defaultdict[int, list[Edge]] = defaultdict(list)
         for edge, own in zip(drawn[first:upto], style[first:upto], strict=True):
             alike[own].append(edge)
         opacity = max(0.22, 0.85 - 0.11 * len(found))
         traces = [_trace(alike[own], place, style=own, opacity=opacity) for own in sorted(alike)]
-        found.append(Band(min(upto, len(drawn)), traces))
+        found.append(Band(upto, traces))
         first, upto = upto, 2 * upto
     return found
 

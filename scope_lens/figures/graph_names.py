@@ -26,12 +26,14 @@ def site_name(site: str) -> str:
 
 
 def visible(token: str) -> str:
-    """A token as text that a figure shows: blanks at the ends and line breaks visible, HTML escaped."""
+    """A token as text: without the blanks around it, unless it has nothing else, and with line breaks visible."""
     shown = token.replace("\n", "↵").replace("\t", "→").replace("\r", "")
-    stripped = shown.strip(" ")
-    if not stripped:
-        return "·" * max(1, len(shown))
-    return escape(stripped, quote=False)
+    return shown.strip(" ") or "·" * max(1, len(shown))
+
+
+def html(text: str) -> str:
+    """A token or name as a figure writes it, where "<bos>" would be taken for markup."""
+    return escape(visible(text), quote=False)
 
 
 def names(graph: AttributionGraph, labels: Mapping[tuple[str, int], str]) -> list[str]:
@@ -42,16 +44,16 @@ def names(graph: AttributionGraph, labels: Mapping[tuple[str, int], str]) -> lis
         place = site_name(site) if layer < 0 else f"L{layer} {site_name(site)}"
         match Kind(kind):
             case Kind.TOKEN:
-                name = f"token “{visible(label)}”"
+                name = f"token “{html(label)}”"
             case Kind.LOGIT:
-                name = f"logit “{visible(label)}”"
+                name = f"logit “{html(label)}”"
             case Kind.DIRECTION:
-                name = escape(label, quote=False)
+                name = html(label)
             case _ if label:
-                name = escape(label, quote=False)
+                name = html(label)
             case Kind.LATENT:
                 text = labels.get((site, index))
-                name = f"{place} #{index}" + (f" {escape(text, quote=False)}" if text else "")
+                name = f"{place} #{index}" + (f" {html(text)}" if text else "")
             case other:
                 name = f"{place} {other.name.lower()}"
         found.append(name)
@@ -76,7 +78,7 @@ def hover_texts(
         out[edge.source].append(edge)
     numbers = (graph.activation, graph.pre_activation, graph.cumulative, graph.dropped)
     texts: list[str] = []
-    tokens = [visible(token) for token in graph.token_strings]
+    tokens = [html(token) for token in graph.token_strings]
     for node, (kind, pos) in enumerate(zip(graph.kind.tolist(), graph.pos.tolist(), strict=True)):
         activation, pre_activation, cumulative, dropped = (float(column[node]) for column in numbers)
         lines = [f"<b>{called[node]}</b>", f"at position {pos}, “{tokens[pos]}”"]
