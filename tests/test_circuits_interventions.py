@@ -317,6 +317,12 @@ def test_generation_equals_a_loop_without_a_cache(hf_model, random_sae, architec
     assert torch.equal(got, want)
 
 
+def test_without_edits_generation_is_the_bridges(gemma2):
+    model, _ = gemma2
+    want = model.generate(PROMPT[None], max_new_tokens=5, do_sample=False, stop_at_eos=False, verbose=False)
+    assert torch.equal(run_with_interventions(model, PROMPT[None], saes=[], interventions=[], generate=5), want)
+
+
 def test_generation_goes_on_behind_an_end_of_sequence_token_and_edits_nothing_there(hf_model, random_sae):
     reference, model, saes = build(hf_model, random_sae, "gemma2", ["res"])
     sae, where = saes["res"], SITES["gemma2"]["res"]
@@ -549,3 +555,17 @@ def test_two_dictionaries_for_one_site_and_one_inside_a_frozen_mlp(hf_model, ran
     with pytest.raises(ValueError, match="writes inside an MLP.*Leave 'mlps' out"):
         run_with_interventions(model, PROMPT, saes=[inside], interventions=edit, freeze=["mlps"])
     run_with_interventions(model, PROMPT, saes=[inside], interventions=edit, freeze=["patterns", "norms"])
+
+
+def test_parts_that_a_model_does_not_show_are_refused(hf_model, random_sae, monkeypatch):
+    _, model, _ = build(hf_model, random_sae, "gemma2", [])
+    shown = {name: [] for name in PARTS} | {"norms": ["blocks.0.hook_mlp_in"]}  # a hook that is off
+    monkeypatch.setattr(
+        "scope_lens.circuits.interventions.frozen_points",
+        lambda bridge, parts=PARTS: [name for part in parts for name in shown[part]],
+    )
+    with pytest.raises(ValueError, match="has no hook points for 'patterns', so they cannot be held"):
+        run_with_interventions(model, PROMPT, saes=[], interventions=[], freeze=["patterns"])
+    monkeypatch.setattr("scope_lens.circuits.interventions.record", lambda *_: (None, {}))
+    with pytest.raises(ValueError, match=r"\['blocks.0.hook_mlp_in'\] did not fire in a forward pass"):
+        run_with_interventions(model, PROMPT, saes=[], interventions=[], freeze=["norms"])

@@ -186,6 +186,29 @@ def held_output(place: Place, seen: Mapping[str, Tensor]) -> Held:
     return Held([(place.writes, hold)], [(place.reads, note)])
 
 
+def frozen_values(
+    bridge: TransformerBridge, seen: Mapping[str, Tensor], parts: Collection[Part] = PARTS
+) -> dict[str, Tensor]:
+    """What a pass recorded of some parts.
+
+    Args:
+        bridge: The model.
+        seen: What flowed in the pass.
+        parts: Which parts.
+
+    Raises:
+        ValueError: A hook of theirs did not fire, so that it would not hold either.
+    """
+    names = frozen_points(bridge, parts)
+    silent = [name for name in names if name not in seen]
+    if silent:
+        raise ValueError(
+            f"{silent} did not fire in a forward pass, so what they show cannot be held. Does this model compute "
+            "attention or norms without TransformerLens' hooks?"
+        )
+    return {name: seen[name] for name in names}
+
+
 def refuse_inside_mlp(bridge: TransformerBridge, place: Place) -> None:
     """Refuse a dictionary whose edits a frozen MLP output would overwrite.
 
@@ -213,7 +236,7 @@ def _freeze(
     names = [name for sae in saes for name in hook_names(bridge, sae)]
     _, seen = record(bridge, prompt, dict.fromkeys([*frozen_points(bridge, parts), *names]))
     places = places_of(bridge, prompt, saes, list(seen))
-    constants = {name: seen[name] for name in frozen_points(bridge, parts) if name in seen}
+    constants = frozen_values(bridge, seen, parts)
     if "mlps" not in parts:
         return Held(holding(constants), []), {}
     points = bridge.hook_dict

@@ -19,7 +19,7 @@ from scope_lens.attachments import attachments_of, flat_activation
 from scope_lens.circuits.float64 import cast, in_float64
 from scope_lens.circuits.frozen import NamedHook, frozen_points, holding, record
 from scope_lens.circuits.graph_records import Kind
-from scope_lens.circuits.interventions import Held, held_output, refuse_inside_mlp
+from scope_lens.circuits.interventions import Held, frozen_values, held_output, refuse_inside_mlp
 from scope_lens.circuits.places import EMBED, FINAL, Place, hook_names, places_of
 from scope_lens.model import ScopeModel
 from scope_lens.sae import HookedSAE
@@ -147,8 +147,7 @@ def held_probe(
     if dtype == torch.float64:
         bridge, exact = in_float64(bridge)
     sites = [name for sae in saes for name in hook_names(bridge, sae)]
-    parts = frozen_points(bridge)
-    _, seen = record(bridge, ids, dict.fromkeys([EMBED, *parts, *sites]), hooks=exact)
+    _, seen = record(bridge, ids, dict.fromkeys([EMBED, *frozen_points(bridge), *sites]), hooks=exact)
     if next(iter(bridge.parameters())).dtype != dtype:
         bridge = attachments_of(bridge).deepcopy_bridge(bridge, {})
         cast(bridge, dtype)
@@ -160,7 +159,7 @@ def held_probe(
         output = held_output(place, seen)
         outputs.before.extend(output.before)
         outputs.behind.extend(output.behind)
-    constants = {name: seen[name] for name in (EMBED, *parts) if name in seen}
+    constants = {EMBED: seen[EMBED]} | frozen_values(bridge, seen)
     return Probe(ScopeModel(bridge), ids, places, exact, constants, outputs, dtype)
 
 

@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
-from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import TransformerBridge
@@ -155,7 +154,11 @@ class _Readers(NamedTuple):
         for stage, pos, reads in zip(self.stage, self.pos, self.reads, strict=True):
             flowed = seen[stage].to(reads.dtype)
             gone = flowed[:1] - flowed[1:]
-            changes.append(einsum(gone[:, pos], reads, "source target d, target d -> target source"))
+            found = reads.new_empty(len(pos), len(gone))
+            for at in pos.unique().tolist():
+                here = pos == at
+                found[here] = reads[here] @ gone[:, at].T
+            changes.append(found)
         return torch.cat(changes).to(self.nodes.device, torch.float64)
 
 
