@@ -165,11 +165,12 @@ class PullBack:
 
     def _add_values(self, rows: slice, number: int, layer: Layer, weights: Tensor, z: Tensor, pattern: str) -> None:
         """Spread z over the keys and take what the values get to the stream; `weights` end in (... key)."""
+        first = self._positions.start
         reach = self._reach if z.ndim == 5 else self._at + 1
-        keys = weights[..., self._positions.start : self._positions.start + reach]
-        _add_product(self._stream[rows, :reach], einsum(keys, z, pattern), layer.value)
+        values = einsum(weights[..., : first + reach], z, pattern)
+        _add_product(self._stream[rows, :reach], values[:, first:], layer.value)
         if self._to_first is not None:
-            _add_product(self._first[rows, None], einsum(weights[..., :1], z, pattern), self._to_first[number])
+            _add_product(self._first[rows, None], values[:, :first], self._to_first[number])
 
     def _cut_branch(self, cut: Cut, branch: Branch, *, scale: Float[Tensor, "pos 1"] | None = None) -> Branch:
         """Pass a dictionary inside attention; `scale` is what the branch is too large by."""
