@@ -1,11 +1,13 @@
 """Attribution graphs against stored ones: circuit-tracer's, and a float64 computation without autograd."""
 
+import copy
 import json
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from conftest import make_hf, make_sae
 from graph_matching import assert_same, laid_over, nodes_of
 from graph_oracle import ERROR, LATENT, LOGIT, TOKEN, Node, dictionary_of, influence, pruned, scores, top_logits, trace
 from safetensors.torch import load_file
@@ -175,7 +177,7 @@ def test_every_direct_effect_is_what_an_intervention_measures(nano, prompt):
     tokens = nano.stored(prompt)["tokens"]
     for saes in (nano.transcoders, [*nano.transcoders, *nano.attention]):
         graph = attribute(nano.model, tokens, saes=saes, progress=False)
-        found = verify(graph, nano.model, saes=saes, n=16, mode="direct")
+        found = verify(graph, nano.model, saes=saes, n=8, mode="direct")
         assert found.slope == pytest.approx(1, abs=1e-4)
         assert found.r2 == pytest.approx(1, abs=1e-4)
 
@@ -191,10 +193,6 @@ class Large(NamedTuple):
 
 @pytest.fixture(scope="module")
 def large() -> Large:
-    import copy
-
-    from conftest import make_hf, make_sae
-
     hf = make_hf(
         "gemma2", num_hidden_layers=4, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, sliding_window=4,
         attn_logit_softcapping=50.0, final_logit_softcapping=30.0,
@@ -215,8 +213,9 @@ def large() -> Large:
     return Large(hf, ScopeModel.from_hf(copy.deepcopy(hf)), saes)
 
 
-@pytest.mark.parametrize("length", [5, 12, 17])
+@pytest.mark.parametrize("length", [5, 14])
 def test_a_larger_model_with_skip_terms(large, length):
+    """circuit-tracer's graph of such a model is the same but for one column: it lets a skip act at BOS too."""
     tokens = torch.cat([torch.tensor([2]), torch.randint(3, large.hf.config.vocab_size, (length - 1,))])
     dictionaries = [dictionary_of(sae, large.hf, tokens) for sae in large.saes]
     chosen = top_logits(trace(large.hf, tokens, []))
@@ -269,6 +268,6 @@ def test_what_max_latents_folds_is_the_oracles_sum(large):
 def test_the_larger_model_by_intervention(large):
     tokens = torch.cat([torch.tensor([2]), torch.randint(3, large.hf.config.vocab_size, (9,))])
     graph = attribute(large.model, tokens, saes=large.saes, progress=False)
-    found = verify(graph, large.model, saes=large.saes, n=16, mode="direct")
+    found = verify(graph, large.model, saes=large.saes, n=8, mode="direct")
     assert found.slope == pytest.approx(1, abs=1e-4)
     assert found.r2 == pytest.approx(1, abs=1e-4)

@@ -61,7 +61,6 @@ MIXES: dict[str, Callable[[PreTrainedModel], list[HookedSAE]]] = {
     "residual at every layer": lambda hf: at("hook_resid_post", hf),
     "residual once, transcoders": lambda hf: at("hook_resid_post", hf, [1]) + across("ln2.hook_normalized", skip=True),
     "attention and transcoders": lambda hf: at("attn.hook_z", hf, [0, 1]) + across("ln2.hook_normalized", [1, 2]),
-    "embedding": lambda hf: embedding(),
     "all": lambda hf: (
         embedding() + at("attn.hook_z", hf) + across("ln2.hook_normalized", skip=True) + at("hook_resid_post", hf)
     ),
@@ -88,7 +87,9 @@ MIXES[ELSEWHERE] = lambda hf: [
     make_sae("hook_embed", "blocks.0.hook_mlp_out", d_in=WIDTH, d_sae=LATENTS, skip=True),
     make_sae("blocks.0.hook_resid_mid", "blocks.2.hook_mlp_out", d_in=WIDTH, d_sae=LATENTS),
 ]
-FEW = ["gained transcoders, some with skip", "attention", "residual once, transcoders", "all", "canonical names"]
+FEW = ["gained transcoders, some with skip", "attention", "residual once, transcoders", "all"]
+# The second path is the bridge's, whatever the architecture; these have everything that it does at a site.
+BOTH_WAYS = ["all", "canonical names", "trained at other positions", "other activations"]
 CASES = [("gemma2", mix) for mix in MIXES]
 CASES += [(architecture, mix) for architecture in ("gemma3", "llama", "gpt2") for mix in FEW]
 
@@ -126,8 +127,7 @@ def test_every_mix_of_sites_is_the_oracles(models, architecture, mix, monkeypatc
         latents=[(site, -2, silent)],
     )
     targets = [*TOKENS, Target("towards", 3, vector=vector), Target("may be silent", -2, latent=(site, silent))]
-    # What differs between architectures is the bridge's in the second path, so that one mix shows it.
-    paths = PATHS[architecture] if mix == "all" or architecture == "gemma2" else PATHS[architecture][:1]
+    paths = PATHS[architecture] if mix in BOTH_WAYS else PATHS[architecture][:1]
     for path in ["autograd"] if mix == ELSEWHERE else paths:
         if path == "autograd" and mix != ELSEWHERE:
             monkeypatch.setattr("scope_lens.circuits.attribution.covers", lambda *args, **kwargs: False)
