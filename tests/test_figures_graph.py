@@ -278,12 +278,12 @@ def test_nothing_is_pinned_at_first():
 
 
 def test_groups_have_rings_of_their_own_and_their_names():
-    figure = figures.graph(small(), groups={"both": [0, 1], "end": [5]})
+    figure = figures.graph(small(), groups={"both": [0, 1], "<end>": [5]})
     place = places(figure)
-    rings = {trace.name: trace for trace in figure.data if trace.name in ("both", "end")}
+    rings = {trace.name: trace for trace in figure.data if trace.name in ("both", "&lt;end&gt;")}
     assert [*zip(rings["both"].x, rings["both"].y, strict=True)] == [place[0], place[1]]
     assert [*rings["both"].text].count("both") == 1
-    assert rings["both"].marker.color != rings["end"].marker.color
+    assert rings["both"].marker.color != rings["&lt;end&gt;"].marker.color
     assert rings["both"].showlegend
 
 

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 from scope_lens.circuits.graph import AttributionGraph, Kind
 from scope_lens.figures.graph_layout import Layout
-from scope_lens.figures.graph_names import site_name
+from scope_lens.figures.graph_names import html, site_name
 
 FAINT = 0.12
 # Sites as in the figure of fidelity: Okabe and Ito's palette.
@@ -111,9 +111,9 @@ def rings(groups: Mapping[str, Sequence[int]], place: Layout) -> list[go.Scatter
                 nodes,
                 place,
                 colour=colour,
-                name=name,
+                name=html(name),
                 mode="markers+text",
-                text=[name if node == highest else "" for node in nodes],
+                text=[html(name) if node == highest else "" for node in nodes],
                 textposition="top center",
                 textfont={"color": colour, "size": 13},
             )
