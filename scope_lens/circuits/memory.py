@@ -37,18 +37,25 @@ def refuse_long_prompt(bridge: TransformerBridge, n_pos: int, *, dtype: torch.dt
         ValueError: It needs more than there is; how much, and how long a prompt would fit.
     """
     cfg = bridge.cfg
-    own = next(iter(bridge.parameters())).dtype.itemsize
+    parameters = list(bridge.parameters())
+    own, swept = parameters[0].dtype.itemsize, dtype.itemsize
     # Every layer's pattern is held as it was recorded and in the sweep's dtype; one layer's scores pass through a few
-    # copies in float32. Logits: the model's, a copy, and those of the linear model.
-    square = cfg.n_heads * (cfg.n_layers * (own + dtype.itemsize) + 4 * 4)
-    line = 3 * cfg.d_vocab * own + cfg.n_layers * cfg.d_model * (own + dtype.itemsize) * 4
+    # copies in float32. Logits: the model's, a copy, and those of the linear model. Weights: attention's, written out.
+    square = cfg.n_heads * (cfg.n_layers * (own + swept) + 4 * 4)
+    line = 3 * cfg.d_vocab * own + cfg.n_layers * cfg.d_model * (own + swept) * 4
+    weights = 2 * cfg.n_layers * cfg.d_model * cfg.n_heads * cfg.d_head * swept
+    if dtype == torch.float64:
+        weights += sum(parameter.numel() for parameter in parameters) * swept
     available = available_memory(device)
-    if square * n_pos**2 + line * n_pos <= available:
+    needed = square * n_pos**2 + line * n_pos + weights
+    if needed <= available:
         return
-    fits = int((math.sqrt(line**2 + 4 * square * available) - line) / (2 * square))
+    room = max(0, available - weights)
+    fits = int((math.sqrt(line**2 + 4 * square * room) - line) / (2 * square))
     raise ValueError(
-        f"A prompt of {n_pos} tokens needs about {_gib(square * n_pos**2 + line * n_pos)} for the attention patterns "
-        f"and logits of its forward pass; {_gib(available)} is free. About {fits} tokens would fit."
+        f"A prompt of {n_pos} tokens needs about {_gib(needed)} for its forward pass (attention patterns, logits, and "
+        f"copies of weights in {str(dtype).removeprefix('torch.')}); {_gib(available)} is free. About {fits} tokens "
+        "would fit."
     )
 
 

@@ -47,7 +47,8 @@ def logits_off(
 
     with norm_edits_expected():
         ours: Tensor = bridge.run_with_hooks(tokens, fwd_hooks=[*hooks, (FINAL, put)], use_cache=False)
-    off = float((ours - logits).abs().max() / logits.abs().max())
+    difference = float((ours - logits).abs().max())
+    off = difference / float(logits.abs().max()) if difference else 0.0
     limit = _LOGITS_OFF_IN_HALF if logits.dtype in (torch.bfloat16, torch.float16) else _LOGITS_OFF
     if not off <= limit:
         raise ValueError(
