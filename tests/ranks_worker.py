@@ -116,7 +116,7 @@ _numbers = itertools.count()
 
 
 def group(shape, work, *args):
-    """Run `work(mesh, *args)` on every rank of a new group; what each gave, or "died" with its signal, exit code or traceback."""
+    """Run `work(mesh, *args)` on every rank of a group; what each gave, or "died" and by what signal, code or error."""
     size, path = shape[0] * shape[1], FOLDER / f"group_{next(_numbers)}"
 
     def rank_of(rank):

@@ -45,6 +45,7 @@ def graph_of(nodes, weights, *, tokens, strings, n_layers, sites, bias=0.25, **f
         activation=torch.tensor(activation), start=torch.tensor(start),
         bias=column.masked_fill(target, bias), dropped=column.masked_fill(target, 0.0),
         pre_activation=torch.where(target, rows.float() + bias, NAN), cumulative=torch.tensor(cumulative),
+        directions=torch.zeros(kind.count(Kind.DIRECTION), 3),
         edges=Edges(
             torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]),
             torch.tensor([s for _, s in edges], dtype=torch.int32),

@@ -130,6 +130,8 @@ def attribute(
             assemble(pieces, len(nodes.kind)),
             places=places,
             goals=goals,
+            directions=ends.vectors[[goal.kind is Kind.DIRECTION for goal in finals]],
+            # A graph with an edge that runs backwards is refused when it is made.
             checks=GraphChecks(logits=off, conservation=conservation, forward_only=True),
             settings={
                 "logit_mass": logit_mass,

@@ -57,6 +57,7 @@ class AttributionGraph:
         dropped: What pruning, `subgraph` and merging took out of the target's row; NaN elsewhere.
         cumulative: Share of all influence held by the nodes up to this one, most influential first, in the graph that
             was pruned; NaN before.
+        directions: What each DIRECTION node reads at the final norm's output, in the order of these nodes.
         edges: The direct effects.
         token_strings: The prompt as strings, one a position.
         n_layers: Layers of the model.
@@ -86,6 +87,7 @@ class AttributionGraph:
     pre_activation: Float[Tensor, " node"]
     dropped: Float[Tensor, " node"]
     cumulative: Float[Tensor, " node"]
+    directions: Float[Tensor, "direction d_model"]
     edges: Edges
     token_strings: Sequence[str]
     n_layers: int
@@ -309,7 +311,7 @@ class AttributionGraph:
         Raises:
             OSError: The disk is full or cannot be written; an earlier file stays as it was.
         """
-        tensors = {name: getattr(self, name) for name in ("tokens", *_COLUMNS)}
+        tensors = {name: getattr(self, name) for name in ("tokens", "directions", *_COLUMNS)}
         tensors |= {f"edges.{name}": tensor for name, tensor in self.edges._asdict().items()}
         described = {name: getattr(self, name) for name in _DESCRIBED} | {"checks": self.checks._asdict()}
         write_graph(Path(path), tensors, described)
@@ -347,7 +349,8 @@ class AttributionGraph:
         columns: dict[str, Any] = {name: getattr(self, name)[nodes] for name in _COLUMNS}
         columns["dropped"] = (columns["dropped"].double() + left.lost).to(self.dropped.dtype)
         columns |= {name: [getattr(self, name)[node] for node in nodes.tolist()] for name in ("site", "label")}
-        return replace(self, **columns | changed, edges=left.edges)
+        stays = torch.isin((self.kind == Kind.DIRECTION).nonzero()[:, 0], nodes)
+        return replace(self, **columns | changed, directions=self.directions[stays], edges=left.edges)
 
     def _merged(
         self, firsts: Int[Tensor, " node"], labels: Sequence[str], pos: Int[Tensor, " node"]
@@ -361,6 +364,8 @@ class AttributionGraph:
         sums = {name: groups.total(getattr(self, name)) for name in ("activation", "start", "bias", "pre_activation")}
         sums["dropped"] = groups.total(self.dropped) + inside
         sizes: list[int] = groups.of.bincount().tolist()
+        led, row = groups.of[self.kind == Kind.DIRECTION].unique(return_inverse=True)
+        directions = self.directions.new_zeros(len(led), self.directions.shape[1]).index_add_(0, row, self.directions)
         names = [labels[node] if size > 1 else "" for node, size in zip(leaders, sizes, strict=True)]
         return replace(
             self,
@@ -373,6 +378,7 @@ class AttributionGraph:
             label=[labels[node] for node in leaders],
             **{name: value.to(getattr(self, name).dtype) for name, value in sums.items()},
             cumulative=groups.smallest(self.cumulative),
+            directions=directions,
             edges=edges,
             settings={**self.settings, "merged": True},  # `verify` can take single nodes away, no groups
         )
@@ -393,6 +399,11 @@ class AttributionGraph:
                 raise ValueError(
                     f"{name} must be from 0 to {limit - 1}; it goes from {int(column.min())} to {int(column.max())}."
                 )
+        n_directions = int((self.kind == Kind.DIRECTION).sum())
+        if len(self.directions) != n_directions:
+            raise ValueError(
+                f"directions needs a vector for each of {n_directions} nodes; it has {len(self.directions)}."
+            )
         for name in ("bias", "dropped"):
             if not torch.equal(getattr(self, name).isnan(), self.pre_activation.isnan()):
                 raise ValueError(f"{name} must be NaN exactly where pre_activation is, at nodes that are no targets.")

@@ -157,6 +157,7 @@ def graph_of(
     *,
     places: Sequence[Place],
     goals: Sequence[Goal],
+    directions: Float[Tensor, "direction d_model"],
     checks: GraphChecks,
     settings: Mapping[str, str | int | float | bool | None],
 ) -> AttributionGraph:
@@ -169,6 +170,7 @@ def graph_of(
         edges: Its edges.
         places: The dictionaries, by stage.
         goals: The targets asked for.
+        directions: What those that are directions read, in their order.
         checks: What attribution found when it checked itself.
         settings: How the graph was made.
     """
@@ -194,6 +196,7 @@ def graph_of(
         pre_activation=nodes.pre_activation,
         dropped=torch.zeros_like(nodes.bias).where(~nodes.bias.isnan(), float("nan")),
         cumulative=torch.full_like(nodes.bias, float("nan")),
+        directions=directions,
         edges=edges,
         token_strings=strings,
         n_layers=bridge.cfg.n_layers,

@@ -28,7 +28,7 @@ from scope_lens.circuits.influence import last_stage_first
 from scope_lens.circuits.places import Place
 from scope_lens.circuits.probes import Probe, Source, free_probe, held_probe
 from scope_lens.circuits.prompt import token_ids
-from scope_lens.circuits.targets import Goal, Target, vectors
+from scope_lens.circuits.targets import Goal, vectors
 from scope_lens.model import ScopeModel
 from scope_lens.sae import HookedSAE
 
@@ -59,7 +59,6 @@ def verify(
     saes: Sequence[HookedSAE],
     n: int = 32,
     mode: Literal["direct", "total"] = "direct",
-    targets: Sequence[Target] = (),
 ) -> Verification:
     """Take sources away and compare what happens with what the graph says.
 
@@ -77,8 +76,6 @@ def verify(
         saes: The graph's dictionaries.
         n: How many latents, errors and tokens are taken away, those of largest influence first.
         mode: "direct" or "total".
-        targets: Directions that the graph was made with; it does not hold their vectors, so that a direction that is
-            not here is not compared.
 
     Raises:
         KeyError: A dictionary for a hook that the model does not have.
@@ -97,7 +94,7 @@ def verify(
         probe = held_probe(bridge, ids, saes, dtype=_dtype(graph)) if direct else free_probe(model, ids, saes)
         stages = _stages(graph, bridge, probe.places)
         nodes = _strongest(graph, n)
-        readers = _readers(graph, probe, stages, targets, start_only=not direct)
+        readers = _readers(graph, probe, stages, start_only=not direct)
         sources = [_source(graph, node, stages) for node in nodes.tolist()]
         starts = range(0, len(sources), probe.at_once)
         changes = [readers.changes(probe.flow(sources[first : first + probe.at_once])) for first in starts]
@@ -166,12 +163,10 @@ def _readers(
     graph: AttributionGraph,
     probe: Probe,
     stages: Mapping[str, int],
-    directions: Sequence[Target],
     *,
     start_only: bool,
 ) -> _Readers:
-    n_pos = len(graph.tokens)
-    given = {(target.label, target.pos % n_pos): target.vector for target in directions if target.vector is not None}
+    directions = dict(zip((graph.kind == Kind.DIRECTION).nonzero()[:, 0].tolist(), graph.directions, strict=True))
     by_stage: dict[int, list[int]] = {}
     goals: list[Goal] = []
     nodes: list[int] = graph.targets.tolist()
@@ -182,15 +177,13 @@ def _readers(
         if kind is Kind.LATENT:
             by_stage.setdefault(stages[graph.site[node]], []).append(node)
             continue
-        vector = given.get((graph.label[node], pos))
-        if kind is Kind.DIRECTION and vector is None:
-            continue
+        vector = directions.get(node)
         by_stage.setdefault(len(probe.places), []).append(node)
         goals.append(Goal(kind=kind, pos=pos, index=index, label="", start=0, stage=len(probe.places), vector=vector))
     if not by_stage:
         raise ValueError(
-            "The graph has no target that can be measured. A direction's vector is not in the graph: pass the targets "
-            "it was made with, targets=[Target(...)]."
+            "The graph has no target to measure: none has an incoming edge or is asked for. Keep some when you take a "
+            "subgraph."
         )
     measured = torch.tensor([node for found in by_stage.values() for node in found], device=graph.kind.device)
     readers = _Readers(measured, [], [], [])
