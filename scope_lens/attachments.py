@@ -214,6 +214,11 @@ class Attachments:
     def deepcopy_bridge(self, bridge: TransformerBridge, memo: dict[int, Any]) -> TransformerBridge:
         """Copy the bridge without what is attached: hooks are closures, and a copy of one would still splice here."""
         attached = tuple(self)
+        # TransformerLens' joint attention keeps its last pattern, which cannot be copied with its gradient's graph.
+        for module in bridge.modules():
+            for value in vars(module).values():
+                if isinstance(value, Tensor) and not value.is_leaf:
+                    memo[id(value)] = value.detach()
         self._stop_watching()
         try:
             copied = copy.deepcopy(bridge, memo)

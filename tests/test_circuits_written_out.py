@@ -168,3 +168,33 @@ def test_sweep_is_the_adjoint_of_forward(architecture, mix, pos):
     model.sweep(pos, cotangents, absorb)
     assert called == list(range(len(model.places) - 1, TOKENS - 1, -1))
     assert_same(found, expected)
+
+
+def test_in_float32_the_linear_model_is_a_bfloat16_model_to_its_rounding():
+    bridge = ScopeModel.from_hf(make_hf("gemma2", initializer_range=0.2)).model
+    bridge.to(torch.bfloat16)
+    sae = transcoder(1).to(torch.bfloat16)
+    names = hook_names(bridge, sae)
+    _, seen = record(bridge, prompt(), {"hook_embed", "ln_final.hook_out", *frozen_points(bridge), *names})
+    model = WrittenOut(bridge, seen, places_of(bridge, prompt(), [sae], list(seen)), torch.float32)
+    stream = model.forward(sources=True)
+    assert stream.final.dtype == torch.float32
+    assert_same(stream.final, seen["ln_final.hook_out"][0].float(), digits=0.02)
+    called = []
+    model.sweep(4, {0: torch.randn(2, D_MODEL)}, lambda stage, rows, gradient, first=0: called.append(gradient.dtype))
+    assert called == [torch.float32]
+
+
+def test_covers_says_what_is_written_out():
+    def covered(architecture, *saes, **overrides):
+        bridge = ScopeModel.from_hf(make_hf(architecture, **overrides)).model
+        names = [name for sae in saes for name in hook_names(bridge, sae)]
+        _, seen = record(bridge, prompt(), names)
+        return covers(bridge, places_of(bridge, prompt(), saes, list(seen)))
+
+    assert covered("gemma2", at("blocks.1.hook_out"), at("blocks.1.attn.o.hook_in", 80))  # other names of covered sites
+    assert not covered("gpt2")
+    assert not covered("llama", attention_bias=True)
+    assert not covered("gemma2", at("blocks.1.mlp.hook_out"))  # before the norm behind the MLP
+    assert not covered("gemma2", make_sae("blocks.0.ln2.hook_out", "blocks.1.hook_mlp_out", d_in=D_MODEL))
+    assert not covered("gemma2", make_sae("blocks.0.hook_resid_mid", "blocks.0.hook_mlp_out", d_in=D_MODEL))

@@ -7,10 +7,10 @@ down, and a row joins where its target reads; that alone says which rows and pos
 * Rows that no attention has spread yet are zero but at the position that their targets read.
 * Behind a residual site with a dictionary, all rows are zero but where it is not trained.
 
-Products leave these zeros out. And the first position is left out where no dictionary is trained on it (BOS): it
-attends to itself alone and nothing but its token writes there, so one matrix for each layer (`to_first`) takes what
-arrives there to that token. Rows come first in memory, (row, pos, d), so that rows and positions fold into one axis
-without a copy: every product is one matrix product.
+Products leave these zeros out. The stream also leaves out the first position where no dictionary is trained on it
+(BOS): it attends to itself alone and nothing but its token writes there, so one matrix for each layer (`to_first`)
+takes what arrives there straight to that token. Rows come first in memory, (row, pos, d), so that rows and positions
+fold into one axis without a copy, and every product is one matrix product.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,15 +26,15 @@ from scope_lens.circuits.linear import TOKENS, Absorb
 
 
 class Branch(NamedTuple):
-    """Gradient of rows `first` to `first + len(spread) + len(fresh)` at a place inside attention.
+    """Gradient of some rows at a place inside attention; it is zero for the others.
 
     Attributes:
-        first: The first row; those before it are zero.
-        spread: Rows at the positions from 0 on; zero behind them.
+        row: Number of the first of these rows.
+        spread: Rows at the stream's positions, from the first on; zero at those behind.
         fresh: The rows behind those, at the position that the targets read; zero elsewhere.
     """
 
-    first: int
+    row: int
     spread: Float[Tensor, "row reach d"]
     fresh: Float[Tensor, "row d"]
 
@@ -71,7 +71,7 @@ class PullBack:
             rows += len(cotangents[stage])
             self._last_row[stage] = rows
         self._stream = like.new_zeros(rows, self._at + 1, like.shape[-1])
-        self._first = like.new_zeros(rows, like.shape[-1])  # at the first token, if the stream leaves it out
+        self._at_first_token = like.new_zeros(rows, like.shape[-1])  # if the stream leaves it out
         self._joined = 0  # rows from here on have not joined
         self._spread = 0  # rows from here on are fresh
         self._reach = self._at + 1  # positions from here on are zero in the rows that are not fresh
@@ -98,7 +98,7 @@ class PullBack:
         """Give the gradient at the embeddings to the tokens."""
         gradient = self._stream[:, : self._extent()]
         if self._to_first is not None:
-            gradient = torch.cat([rearrange(self._first, "row d -> row 1 d"), gradient], dim=1)
+            gradient = torch.cat([rearrange(self._at_first_token, "row d -> row 1 d"), gradient], dim=1)
         self._absorb(TOKENS, self._joined, rearrange(gradient, "row pos d -> pos row d"), first=0)
 
     def _give(self, stage: int, gradient: Float[Tensor, "row pos d"]) -> None:
@@ -148,29 +148,32 @@ class PullBack:
         branch = Branch(0, rows[: self._spread, : self._reach], rows[self._spread :, self._at])
         if at_out is not None:
             branch = self._cut_branch(at_out, branch)
-        branch = Branch(branch.first, branch.spread @ layer.out, branch.fresh @ layer.out)
+        branch = Branch(branch.row, branch.spread @ layer.out, branch.fresh @ layer.out)
         if at_z is not None:
             branch = self._cut_branch(at_z, branch, scale=layer.scale_z)
-        first, fresh = branch.first, branch.first + len(branch.spread)
+        fresh = branch.row + len(branch.spread)
         weights = layer.spread[:, :, self._positions]
         if len(branch.spread):
             z = rearrange(branch.spread, "row query (group head d) -> row query group head d", **_heads(layer))
-            by_query = "group head query key, row query group head d -> row key group d"
-            self._add_values(slice(first, fresh), number, layer, weights[:, :, : self._reach], z, by_query)
+            weights_here = weights[:, :, : self._reach, : self._positions.start + self._reach]
+            values = einsum(weights_here, z, "group head query key, row query group head d -> row key group d")
+            self._add_values(slice(branch.row, fresh), number, layer, values)
         if len(branch.fresh):
             z = rearrange(branch.fresh, "row (group head d) -> row group head d", **_heads(layer))
-            by_target = "group head key, row group head d -> row key group d"
-            self._add_values(slice(fresh, self._joined), number, layer, weights[:, :, self._at], z, by_target)
+            weights_here = weights[:, :, self._at, : self._positions.stop]
+            values = einsum(weights_here, z, "group head key, row group head d -> row key group d")
+            self._add_values(slice(fresh, self._joined), number, layer, values)
             self._spread, self._reach = self._joined, self._at + 1
 
-    def _add_values(self, rows: slice, number: int, layer: Layer, weights: Tensor, z: Tensor, pattern: str) -> None:
-        """Spread z over the keys and take what the values get to the stream; `weights` end in (... key)."""
-        first = self._positions.start
-        reach = self._reach if z.ndim == 5 else self._at + 1
-        values = einsum(weights[..., : first + reach], z, pattern)
-        _add_product(self._stream[rows, :reach], values[:, first:], layer.value)
+    def _add_values(
+        self, rows: slice, number: int, layer: Layer, values: Float[Tensor, "row key group d_head"]
+    ) -> None:
+        """Add what the gradient at the values, from position 0 on, gives at the stream."""
+        left_out = self._positions.start
+        reach = values.shape[1] - left_out
+        _add_product(self._stream[rows, :reach], values[:, left_out:], layer.value)
         if self._to_first is not None:
-            _add_product(self._first[rows, None], values[:, :first], self._to_first[number])
+            _add_product(self._at_first_token[rows, None], values[:, :left_out], self._to_first[number])
 
     def _cut_branch(self, cut: Cut, branch: Branch, *, scale: Float[Tensor, "pos 1"] | None = None) -> Branch:
         """Pass a dictionary inside attention; `scale` is what the branch is too large by."""
@@ -179,8 +182,8 @@ class PullBack:
         trained = rearrange(cut.place.trained[self._positions], "pos -> pos 1")
         if before:
             whole = branch.spread.new_zeros(before, self._at + 1, branch.spread.shape[-1])
-            fresh = branch.first + len(branch.spread)
-            whole[branch.first : fresh, : branch.spread.shape[1]] = branch.spread
+            fresh = branch.row + len(branch.spread)
+            whole[branch.row : fresh, : branch.spread.shape[1]] = branch.spread
             whole[fresh:, self._at] = branch.fresh
             self._give(stage, whole if scale is None else whole / scale)
         rows = self._admit(stage)
@@ -190,7 +193,7 @@ class PullBack:
         if cut.skip is None:
             return Branch(before, branch.spread[:0], joining)
         spread = branch.spread * trained[: branch.spread.shape[1]] @ cut.skip.T
-        return Branch(branch.first, spread, torch.cat([branch.fresh * trained[self._at] @ cut.skip.T, joining]))
+        return Branch(branch.row, spread, torch.cat([branch.fresh * trained[self._at] @ cut.skip.T, joining]))
 
     # ---- rows ----
 

@@ -52,11 +52,13 @@ def covers(bridge: TransformerBridge, places: Sequence[Place]) -> bool:
 
     Args:
         bridge: Gemma 2, Gemma 3 (text) and Llama are covered, as loaded: without biases or adapters, and not in
-            TransformerLens' compatibility mode.
+            TransformerLens' compatibility mode, on one device.
         places: Autoencoders at the embeddings, hook_z, attention outputs, MLP outputs and the residual stream are
             covered, and transcoders that read the pre-MLP norm and write the same layer's MLP output.
     """
     if str(bridge.cfg.architecture) not in _ARCHITECTURES or getattr(bridge, "compatibility_mode", False):
+        return False
+    if len({parameter.device for parameter in bridge.parameters()}) > 1:
         return False
     for block in bridge.blocks:
         linears: tuple[nn.Module, ...] = (block.attn.v.original_component, block.attn.o.original_component)
