@@ -116,7 +116,7 @@ def test_a_silent_latent_asked_for_is_a_node_that_writes_nothing(model, transcod
     assert float(graph.activation[node]) == 0
     assert not graph.dense()[:, node].any()
     x = model.run_with_cache(PROMPT[None], names_filter="blocks.1.ln2.hook_normalized")[1]
-    pre = transcoders[1].pre_activation(x["blocks.1.ln2.hook_normalized"][0, 5])[silent]
+    pre = transcoders[1].pre_activation(x["blocks.1.ln2.hook_normalized"][0, 5])[silent].detach()
     assert float(graph.pre_activation[node]) == pytest.approx(float(pre), rel=1e-4)
     assert graph.conservation().max() < 1e-12
 
