@@ -19,7 +19,7 @@ from transformer_lens import TransformerBridge
 
 from scope_lens.circuits.sources import Sources, Written
 
-_MOST_ROWS = 512  # more targets in one product make it no faster
+_MOST_ROWS = 256  # more targets in one product make it no faster
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
 
