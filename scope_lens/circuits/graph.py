@@ -28,7 +28,7 @@ from scope_lens.circuits.graph_records import GraphChecks, GraphScores, Kind
 from scope_lens.circuits.networkx_graph import networkx_graph
 
 if TYPE_CHECKING:
-    import networkx as nx
+    from scope_lens.circuits.networkx_graph import DiGraph
 
 _COLUMNS = (
     "kind", "layer", "pos", "index", "stage", "activation", "start", "bias", "pre_activation", "dropped", "cumulative",
@@ -332,7 +332,7 @@ class AttributionGraph:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise damaged(Path(path), f"{type(error).__name__}: {error}") from None
 
-    def to_networkx(self) -> "nx.DiGraph[int]":
+    def to_networkx(self) -> "DiGraph[int]":
         """Give the graph to networkx: nodes by their number with their columns as attributes, edges with `weight`.
 
         `kind` is its name. An attribute is missing where the column is NaN.

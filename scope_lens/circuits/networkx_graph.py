@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 from scope_lens.circuits.edges import Edges, targets_of
 
 if TYPE_CHECKING:
-    import networkx as nx
+    from networkx import DiGraph
 
 
-def networkx_graph(columns: Mapping[str, Sequence[Any]], edges: Edges) -> "nx.DiGraph[int]":
+def networkx_graph(columns: Mapping[str, Sequence[Any]], edges: Edges) -> "DiGraph[int]":
     """Give nodes by their number with their columns as attributes, and edges with `weight`.
 
     Args:
@@ -21,10 +21,10 @@ def networkx_graph(columns: Mapping[str, Sequence[Any]], edges: Edges) -> "nx.Di
         ImportError: networkx is not installed.
     """
     try:
-        import networkx as nx
+        from networkx import DiGraph
     except ImportError as error:
         raise ImportError("to_networkx needs networkx: pip install 'scope-lens[graph]'.") from error
-    graph: nx.DiGraph[int] = nx.DiGraph()
+    graph: DiGraph[int] = DiGraph()
     for node in range(edges.n_nodes):
         values = {name: column[node] for name, column in columns.items()}
         known = {name: value for name, value in values.items() if not (isinstance(value, float) and math.isnan(value))}
