@@ -9,7 +9,7 @@ from conftest import VOCAB, make_hf, make_sae
 from torch import Tensor
 
 from scope_lens import HookedSAE, ScopeModel
-from scope_lens.circuits import AttributionGraph, Kind, Target, attribute, memory
+from scope_lens.circuits import AttributionGraph, Kind, Target, attribute, memory, verify
 from scope_lens.circuits import attribution as attribution_module
 
 D = 48
@@ -208,8 +208,25 @@ def test_dictionaries_that_do_not_fit_are_refused(model, transcoders):
         run(model, [make_sae("blocks.0.hook_nowhere", d_in=D)])
 
 
+@pytest.mark.parametrize(
+    ("hook_in", "hook_out", "width", "message"),
+    [
+        ("ln2.hook_normalized", "mlp.hook_out", D, "'blocks.1.mlp.hook_out' writes inside an MLP.*hook_mlp_out"),
+        ("ln2_post.hook_normalized", "ln2_post.hook_normalized", D, "writes inside an MLP, and the output"),
+        ("attn.hook_q", "attn.hook_q", 80, "writes queries or keys, and attention patterns are frozen"),
+    ],
+)
+def test_a_dictionary_that_frozen_parts_overwrite_is_refused(model, transcoders, hook_in, hook_out, width, message):
+    graph = run(model, transcoders)
+    inside = make_sae(f"blocks.1.{hook_in}", f"blocks.1.{hook_out}", d_in=width, d_sae=24)
+    with pytest.raises(ValueError, match=message):
+        run(model, [inside])
+    with pytest.raises(ValueError, match=message):
+        verify(graph, model, saes=[inside])
+
+
 def test_a_site_that_is_no_linear_function_of_the_stream_is_refused(model):
-    inside = make_sae("blocks.1.mlp.hook_post", d_in=96)
+    inside = make_sae("blocks.1.mlp.hook_post", "blocks.1.hook_mlp_out", d_in=96, d_out=D)
     with pytest.raises(ValueError, match=r"do not add up.*What it reads is no linear function of what writes"):
         run(model, [inside])
 

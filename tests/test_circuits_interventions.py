@@ -552,9 +552,14 @@ def test_two_dictionaries_for_one_site_and_one_inside_a_frozen_mlp(hf_model, ran
         run_with_interventions(model, PROMPT, saes=list(saes.values()), interventions=[])
     inside = random_sae(f"{B}.mlp.hook_out", d_in=48)
     edit = [Intervention(f"{B}.mlp.hook_out", 3, 4, 1.0)]
-    with pytest.raises(ValueError, match="writes inside an MLP.*Leave 'mlps' out"):
+    with pytest.raises(ValueError, match=r"writes inside an MLP.*out of freeze=\['mlps'\]"):
         run_with_interventions(model, PROMPT, saes=[inside], interventions=edit, freeze=["mlps"])
     run_with_interventions(model, PROMPT, saes=[inside], interventions=edit, freeze=["patterns", "norms"])
+    keys = random_sae(f"{B}.attn.hook_k", d_in=40)
+    edit = [Intervention(f"{B}.attn.hook_k", 3, 4, 1.0)]
+    with pytest.raises(ValueError, match=r"writes queries or keys.*out of freeze=\['patterns'\]"):
+        run_with_interventions(model, PROMPT, saes=[keys], interventions=edit, freeze=["patterns"])
+    run_with_interventions(model, PROMPT, saes=[keys], interventions=edit, freeze=["norms", "mlps"])
 
 
 def test_parts_that_a_model_does_not_show_are_refused(hf_model, random_sae, monkeypatch):

@@ -37,7 +37,7 @@ from scope_lens.circuits.graph import AttributionGraph, GraphChecks, Kind
 from scope_lens.circuits.linear import LinearModel, Stream
 from scope_lens.circuits.memory import refuse_long_prompt, rows_that_fit
 from scope_lens.circuits.nodes import Nodes, folded, graph_of, nodes_of
-from scope_lens.circuits.places import EMBED, Place, hook_names, places_of
+from scope_lens.circuits.places import EMBED, Place, hook_names, places_of, refuse_overwritten
 from scope_lens.circuits.prompt import token_ids
 from scope_lens.circuits.rows import Ends, Piece, assemble, batches, edges_of
 from scope_lens.circuits.selection import fold, select
@@ -91,6 +91,8 @@ def attribute(
     bridge = model.model
     ids = token_ids(bridge, tokens)
     _refuse_other_depths(bridge, saes)
+    for sae in saes:
+        refuse_overwritten(bridge, sae)
     refuse_long_prompt(bridge, ids.shape[1], dtype=dtype, device=ids.device)
     # Inference mode would keep `ThroughAutograd` from gradients, and its tensors cannot be taken back into it.
     with torch.inference_mode(False), torch.no_grad(), attachments_of(bridge).set_aside(bridge), in_eval_mode(bridge):

@@ -40,11 +40,10 @@ from scope_lens.circuits.frozen import (
     norm_edits_expected,
     record,
 )
-from scope_lens.circuits.places import Place, hook_names, places_of
+from scope_lens.circuits.places import Place, hook_names, places_of, refuse_overwritten
 from scope_lens.circuits.prompt import token_ids
 from scope_lens.model import ScopeModel
 from scope_lens.sae import HookedSAE
-from scope_lens.sites import layer_of
 from scope_lens.special_tokens import special_token_ids, untrained_positions
 
 Edit = Literal["set", "add", "scale"]
@@ -209,21 +208,6 @@ def frozen_values(
     return {name: seen[name] for name in names}
 
 
-def refuse_inside_mlp(bridge: TransformerBridge, place: Place) -> None:
-    """Refuse a dictionary whose edits a frozen MLP output would overwrite.
-
-    Raises:
-        ValueError: It writes inside an MLP, before what that adds to the residual stream.
-    """
-    names = attachments_of(bridge).sites.names(bridge.hook_dict[place.writes])
-    is_output = any(name.endswith(".hook_mlp_out") for name in names)
-    if not is_output and any(name.startswith(f"blocks.{layer_of(place.writes)}.mlp.") for name in names):
-        raise ValueError(
-            f"The dictionary at {place.sae.cfg.hook_out!r} writes inside an MLP, and the frozen output of that MLP "
-            "would overwrite every edit. Leave 'mlps' out of freeze."
-        )
-
-
 def _freeze(
     bridge: TransformerBridge,
     prompt: Int[Tensor, "1 pos"],
@@ -233,6 +217,8 @@ def _freeze(
     parts: Collection[Part],
 ) -> tuple[Held, dict[HookedSAE, Tensor]]:
     """What holds the frozen parts, and with frozen MLPs the clean activations of the edited dictionaries."""
+    for sae in edited:
+        refuse_overwritten(bridge, sae, parts, instead=f"Take what overwrites it out of freeze={[*parts]}.")
     names = [name for sae in saes for name in hook_names(bridge, sae)]
     _, seen = record(bridge, prompt, dict.fromkeys([*frozen_points(bridge, parts), *names]))
     places = places_of(bridge, prompt, saes, list(seen))
@@ -249,7 +235,6 @@ def _freeze(
             held.before.extend(output.before)
             held.behind.extend(output.behind)
         if sae in edited:
-            refuse_inside_mlp(bridge, place)
             x = flat_activation(seen[place.reads], sae.cfg.d_in, sae.cfg.hook_in)
             clean[sae] = sae.activate(sae.pre_activation(x))
     return held, clean

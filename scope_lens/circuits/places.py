@@ -1,12 +1,13 @@
 """Where each dictionary of a graph sits: what it reads, what it writes, and in which order.
 
 1. `hook_names` resolves a dictionary's two hooks against the model and refuses what cannot be one graph.
-2. `places_of` puts the dictionaries into the order in which their outputs fire, which is the order of the graph: what
+2. `refuse_overwritten` refuses a dictionary whose output never gets past what is frozen.
+3. `places_of` puts the dictionaries into the order in which their outputs fire, which is the order of the graph: what
    one writes reaches later ones alone.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from jaxtyping import Bool, Int
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformer_lens import TransformerBridge
 
 from scope_lens.attachments import attachments_of
+from scope_lens.circuits.frozen import PARTS, Part
 from scope_lens.sae import HookedSAE
 from scope_lens.sites import check_fits, layer_of
 from scope_lens.special_tokens import special_token_ids, untrained_positions
@@ -21,6 +23,8 @@ from scope_lens.special_tokens import special_token_ids, untrained_positions
 EMBED = "hook_embed"  # where tokens write
 FINAL = "ln_final.hook_out"  # where logits and directions read
 _RESIDUAL = re.compile(r"hook_embed|blocks\.\d+\.hook_resid_(pre|mid|post)")
+_BEFORE_PATTERN = re.compile(r"blocks\.\d+\.attn\.([qk](_norm)?\..+|hook_(q|k|rot_q|rot_k|attn_scores|pattern))")
+_BEFORE_MLP_OUT = re.compile(r"blocks\.\d+\.(mlp|ln2_post)\..+")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,6 +63,41 @@ def hook_names(bridge: TransformerBridge, sae: HookedSAE) -> tuple[str, str]:
     names = [sites.names(sites.resolve(bridge, name))[0] for name in (sae.cfg.hook_in, sae.cfg.hook_out)]
     check_fits(bridge, sae, sites, attachments.folded_layers)
     return names[0], names[1]
+
+
+def refuse_overwritten(
+    bridge: TransformerBridge,
+    sae: HookedSAE,
+    parts: Collection[Part] = PARTS,
+    *,
+    instead: str = "A graph takes dictionaries of MLP outputs (blocks.L.hook_mlp_out), of attention's outputs and of "
+    "the residual stream.",
+) -> None:
+    """Refuse a dictionary all of whose output frozen parts would overwrite.
+
+    Args:
+        bridge: The model.
+        sae: The dictionary.
+        parts: What is frozen.
+        instead: What to do, for the message.
+
+    Raises:
+        ValueError: It writes inside an MLP, before what that adds to the residual stream; or queries or keys.
+    """
+    sites = attachments_of(bridge).sites
+    names = sites.names(sites.resolve(bridge, sae.cfg.hook_out))
+    if any(name.endswith(".hook_mlp_out") for name in names):  # without a norm behind the MLP, also mlp.hook_out
+        return
+    within: dict[Part, tuple[re.Pattern[str], str]] = {
+        "patterns": (_BEFORE_PATTERN, "queries or keys, and attention patterns are"),
+        "mlps": (_BEFORE_MLP_OUT, "inside an MLP, and the output of that MLP is"),
+    }
+    for part, (inside, where) in within.items():
+        if part in parts and any(inside.fullmatch(name) for name in names):
+            raise ValueError(
+                f"The dictionary at {sae.cfg.hook_out!r} writes {where} frozen, so that nothing it writes would reach "
+                f"anything. {instead}"
+            )
 
 
 def places_of(

@@ -19,8 +19,8 @@ from scope_lens.attachments import attachments_of, flat_activation
 from scope_lens.circuits.float64 import cast, in_float64
 from scope_lens.circuits.frozen import NamedHook, frozen_points, holding, record
 from scope_lens.circuits.graph_records import Kind
-from scope_lens.circuits.interventions import Held, frozen_values, held_output, refuse_inside_mlp
-from scope_lens.circuits.places import EMBED, FINAL, Place, hook_names, places_of
+from scope_lens.circuits.interventions import Held, frozen_values, held_output
+from scope_lens.circuits.places import EMBED, FINAL, Place, hook_names, places_of, refuse_overwritten
 from scope_lens.model import ScopeModel
 from scope_lens.sae import HookedSAE
 
@@ -141,8 +141,10 @@ def held_probe(
         dtype: What everything but the clean pass is computed in; for float64 that is too.
 
     Raises:
-        ValueError: A dictionary writes inside an MLP, or they cannot be in one graph.
+        ValueError: A dictionary that frozen parts overwrite, or they cannot be in one graph.
     """
+    for sae in saes:
+        refuse_overwritten(bridge, sae)
     exact: list[NamedHook] = []
     if dtype == torch.float64:
         bridge, exact = in_float64(bridge)
@@ -155,7 +157,6 @@ def held_probe(
     places = places_of(bridge, ids, saes, list(seen))
     outputs = Held([], [])
     for place in places:
-        refuse_inside_mlp(bridge, place)
         output = held_output(place, seen)
         outputs.before.extend(output.before)
         outputs.behind.extend(output.behind)
