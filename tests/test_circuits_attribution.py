@@ -11,6 +11,7 @@ from torch import Tensor
 from scope_lens import HookedSAE, ScopeModel
 from scope_lens.circuits import AttributionGraph, Kind, Target, attribute, memory, verify
 from scope_lens.circuits import attribution as attribution_module
+from scope_lens.circuits.prompt import token_ids
 
 D = 48
 PROMPT = torch.tensor([2, 17, 101, 9, 64, 33, 150])
@@ -187,6 +188,13 @@ def test_a_graph_without_dictionaries_is_of_tokens(model):
 def test_what_has_no_meaning_is_refused(model, transcoders, settings, message):
     with pytest.raises(ValueError, match=message):
         run(model, transcoders, **settings)
+
+
+def test_lists_of_ids_and_iterators_of_dictionaries_are_taken_whole(model, transcoders):
+    # Called without the tests' checks of types.
+    assert torch.equal(token_ids.__wrapped__(model.model, PROMPT.tolist()), PROMPT[None])
+    graph = attribute.__wrapped__(model, PROMPT, saes=iter(transcoders), progress=False)
+    assert len(graph.sites) == 3
 
 
 def test_one_target_alone_is_refused(model, transcoders):

@@ -3,6 +3,7 @@
 import json
 import struct
 import sys
+import zlib
 
 import pytest
 import torch
@@ -185,6 +186,12 @@ def test_a_file_of_any_name_gives_the_graph_back(tmp_path, name, dtype):
     assert_same(AttributionGraph.load(str(tmp_path / name)), graph)
 
 
+def test_others_may_read_a_graph_as_any_other_file(tmp_path):
+    (tmp_path / "file").touch()
+    random_graph().save(tmp_path / "graph")
+    assert (tmp_path / "graph").stat().st_mode == (tmp_path / "file").stat().st_mode
+
+
 def test_an_empty_graph_is_saved_too(tmp_path):
     graph = random_graph().subgraph([])
     graph.save(str(tmp_path / "empty"))
@@ -264,7 +271,7 @@ def test_a_newer_format_says_so(tmp_path):
         AttributionGraph.load(tmp_path / "graph")
 
 
-@pytest.mark.parametrize("header", [{"version": "x"}, {"graph": "{}"}, {"checksum": 0}])
+@pytest.mark.parametrize("header", [{"version": "x"}, {"version": float("inf")}, {"graph": "{}"}, {"checksum": 0}])
 def test_a_header_that_says_something_else_is_refused(tmp_path, header):
     random_graph().save(tmp_path / "graph")
     _rewritten(tmp_path / "graph", **header)
@@ -314,6 +321,19 @@ def test_networkx_missing_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "networkx", None)
     with pytest.raises(ImportError, match=r"pip install 'scope-lens\[graph\]'"):
         random_graph().to_networkx()
+
+
+def test_a_description_that_is_no_json_is_refused(tmp_path):
+    graph_file.write_graph(tmp_path / "graph", {}, {})
+    _rewritten(tmp_path / "graph", graph="{", checksum=zlib.crc32(b"{"))
+    with pytest.raises(ValueError, match="graph is a damaged graph: its description cannot be read"):
+        AttributionGraph.load(tmp_path / "graph")
+
+
+def test_a_mask_is_no_list_of_nodes():
+    graph = random_graph()
+    with pytest.raises(ValueError, match=r"found torch.bool. Of a mask, pass mask.nonzero\(\)\[:, 0\]"):
+        graph.subgraph((graph.kind == Kind.TOKEN).tolist())
 
 
 def test_a_graph_is_not_changed_in_place():

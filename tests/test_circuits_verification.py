@@ -94,6 +94,15 @@ def test_pruned_and_folded_graphs_agree_where_they_have_edges(hf_model, random_s
         assert abs(found.r2 - 1) < 1e-9
 
 
+def test_a_graph_without_dictionaries_is_of_tokens_alone(hf_model):
+    model = ScopeModel.from_hf(hf_model("gemma2"))
+    graph = attribute(model, PROMPT, saes=[], progress=False)
+    found = verify(graph, model, saes=[])
+    assert abs(found.slope - 1) < 1e-5
+    assert found.r2 > 1 - 1e-5
+    assert len(found.predicted) == len(graph.edges.source)
+
+
 def test_a_wrong_graph_is_seen(hf_model, random_sae):
     model, saes = material(hf_model, random_sae)
     graph = attribute(model, PROMPT, saes=saes, progress=False)

@@ -88,7 +88,7 @@ def attribute(
             graph, targets that have no one meaning, or a check that failed.
     """
     _check_settings(logit_mass, max_logits, max_latents, dtype)
-    bridge = model.model
+    bridge, saes = model.model, [*saes]
     ids = token_ids(bridge, tokens)
     _refuse_other_depths(bridge, saes)
     for sae in saes:

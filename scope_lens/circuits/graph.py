@@ -12,6 +12,7 @@ target's bias, and what pruning took away from its row is `dropped`, so that for
 4. `save` and `load` keep it in one file (`graph_file`); `to_networkx` hands it on.
 """
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -246,9 +247,12 @@ class AttributionGraph:
             nodes: Their numbers, in any order; the graph's order stays.
 
         Raises:
-            ValueError: A number that is no node.
+            ValueError: A number that is no node, or a mask in place of numbers.
         """
-        numbers = torch.as_tensor(nodes, dtype=torch.int64, device=self.kind.device).unique()
+        given = torch.as_tensor(nodes, device=self.kind.device)
+        if len(given) and (given.dtype == torch.bool or given.is_floating_point()):
+            raise ValueError(f"Nodes are given by number; found {given.dtype}. Of a mask, pass mask.nonzero()[:, 0].")
+        numbers = given.long().unique()
         if len(numbers) and not (int(numbers[0]) >= 0 and int(numbers[-1]) < self.n_nodes):
             raise ValueError(
                 f"Nodes are numbered 0 to {self.n_nodes - 1}; asked for {int(numbers[0])} to {int(numbers[-1])}."
@@ -272,7 +276,7 @@ class AttributionGraph:
         firsts = merging.firsts_of_groups(self.n_nodes, groups)
         labels = [*self.label]
         for name, members in groups.items():
-            kinds = {Kind(kind).name for kind in self.kind[[*map(int, members)]].tolist()}
+            kinds = {Kind(kind).name for kind in self.kind[[*map(operator.index, members)]].tolist()}
             if len(kinds) > 1:
                 raise ValueError(f"Group {name!r} has nodes of the kinds {sorted(kinds)}; group each kind by itself.")
             labels[min(members)] = name
@@ -330,7 +334,7 @@ class AttributionGraph:
             checks = GraphChecks(**described.pop("checks"))
             return cls(**tensors, **described, edges=edges, checks=checks)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise damaged(Path(path), f"{type(error).__name__}: {error}") from None
+            raise damaged(Path(path), f"{type(error).__name__}: {error}".rstrip(".")) from None
 
     def to_networkx(self) -> "DiGraph[int]":
         """Give the graph to networkx: nodes by their number with their columns as attributes, edges with `weight`.

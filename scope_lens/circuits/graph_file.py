@@ -81,7 +81,7 @@ def _described(path: Path, header: str, tensors: Mapping[str, Tensor]) -> dict[s
     try:
         fields: dict[str, Any] = json.loads(header)
         version, checksum, body = int(fields["version"]), fields["checksum"], str(fields["graph"])
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise damaged(path, f"its header cannot be read ({type(error).__name__}: {error})") from None
     if version > VERSION:
         raise ValueError(
@@ -90,7 +90,10 @@ def _described(path: Path, header: str, tensors: Mapping[str, Tensor]) -> dict[s
         )
     if checksum != _checksum(body, tensors):
         raise damaged(path, "its checksum is not the one it was written with")
-    return json.loads(body)
+    try:
+        return json.loads(body)
+    except ValueError as error:
+        raise damaged(path, f"its description cannot be read ({error})") from None
 
 
 def _checksum(body: str, tensors: Mapping[str, Tensor]) -> int:

@@ -107,7 +107,7 @@ def run_with_interventions(
             never trained, so that it is not spliced there; an unknown part or kind; an edit that a frozen part would
             overwrite; a dictionary that does not fit the model.
     """
-    bridge = model.model
+    bridge, saes = model.model, [*saes]
     prompt = _one_prompt(bridge, tokens)
     if generate < 0:
         raise ValueError(f"generate is {generate}; give the number of tokens to generate, 0 for logits.")
@@ -303,11 +303,12 @@ def _resolve(
 
 
 def _one_prompt(bridge: TransformerBridge, tokens: Int[Tensor, "*batch pos"] | str) -> Int[Tensor, "1 pos"]:
-    if isinstance(tokens, str) or tokens.ndim == 1:
+    if isinstance(tokens, str):
         return token_ids(bridge, tokens)
-    if tokens.ndim != 2 or tokens.shape[0] != 1:
-        raise ValueError(f"tokens has shape {tuple(tokens.shape)}; give one prompt, (pos,) or (1, pos).")
-    return token_ids(bridge, tokens[0])
+    shape = tuple(torch.as_tensor(tokens).shape)
+    if len(shape) == 2 and shape[0] != 1:
+        raise ValueError(f"tokens has shape {shape}; give one prompt, (pos,) or (1, pos).")
+    return token_ids(bridge, tokens[0] if len(shape) == 2 else tokens)
 
 
 def _positions(number: int, pos: int | slice, *, n_prompt: int, n_seen: int) -> range:

@@ -7,6 +7,7 @@
    and comes back, no order exists and the merge is refused.
 """
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -77,12 +78,13 @@ def firsts_of_groups(n_nodes: int, groups: Mapping[str, Sequence[int]]) -> Int[T
     for name, members in groups.items():
         if not len(members):
             raise ValueError(f"Group {name!r} has no nodes.")
-        for node in map(int, members):
+        numbers = [*map(operator.index, members)]
+        for node in numbers:
             if not 0 <= node < n_nodes:
                 raise ValueError(f"Group {name!r} has node {node}; the graph's are numbered 0 to {n_nodes - 1}.")
             if owner.setdefault(node, name) != name:
                 raise ValueError(f"Node {node} is in the groups {owner[node]!r} and {name!r}; a node can be in one.")
-        firsts[[*map(int, members)]] = min(map(int, members))
+        firsts[numbers] = min(numbers)
     return firsts
 
 

@@ -67,7 +67,7 @@ class Probe(NamedTuple):
     @property
     def at_once(self) -> int:
         """How many sources go through the model together: what is widest, logits or latents, takes the memory."""
-        widest = max(self.model.model.cfg.d_vocab, *(place.sae.cfg.d_sae for place in self.places))
+        widest = max([self.model.model.cfg.d_vocab, *(place.sae.cfg.d_sae for place in self.places)])
         return max(1, _NUMBERS // (widest * self.ids.shape[1]))
 
     def flow(self, sources: Sequence[Source]) -> dict[int, Float[Tensor, "source_plus_1 pos _"]]:

@@ -25,6 +25,7 @@ def token_ids(bridge: TransformerBridge, tokens: Int[Tensor, " pos"] | str) -> I
         if not tokens:
             raise ValueError("The prompt is empty; a graph needs at least one token besides BOS.")
         tokens = bridge.to_tokens(tokens)[0]
+    tokens = torch.as_tensor(tokens)
     if tokens.ndim != 1 or tokens.is_floating_point():
         raise ValueError(
             f"A graph is of one prompt, token ids of shape (pos,); found {tokens.dtype} of shape "

@@ -7,6 +7,7 @@ A logit reads `W_U[:, y] - mean_y' W_U[:, y']`: the mean is what all logits shar
 Ameisen et al. 2025.
 """
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -100,7 +101,7 @@ def resolve(
         if isinstance(target, Target):
             goals.append(_chosen(bridge, target, places=places, n_pos=len(logits)))
         else:
-            token = target if isinstance(target, int) else _one_token(bridge, target)
+            token = _one_token(bridge, target) if isinstance(target, str) else operator.index(target)
             if not 0 <= token < len(probabilities):
                 raise ValueError(
                     f"The target token {token} is not in the vocabulary of {len(probabilities)} tokens. A latent or a "

@@ -86,7 +86,7 @@ def verify(
         raise ValueError(f"mode is {mode!r}; expected 'direct' or 'total'.")
     if n < 1:
         raise ValueError(f"n is {n}; at least one source has to be taken away.")
-    bridge = model.model
+    bridge, saes = model.model, [*saes]
     _check_model(graph, bridge)
     ids = token_ids(bridge, graph.tokens)
     with attachments_of(bridge).set_aside(bridge), in_eval_mode(bridge), norm_edits_expected():

@@ -7,6 +7,7 @@
    made, a click on a node pins or frees it (`pin.js`).
 """
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -48,8 +49,8 @@ def graph(
     Raises:
         ValueError: No nodes, more than can be read, or a node number that the graph does not have.
     """
-    chosen = [*map(int, pinned)]
-    named = {name: [*map(int, members)] for name, members in (groups or {}).items()}
+    chosen = [*map(operator.index, pinned)]
+    named = {name: [*map(operator.index, members)] for name, members in (groups or {}).items()}
     _check(graph, [*chosen, *(node for members in named.values() for node in members)])
     influence = graph.influence()
     targets = graph.targets
