@@ -14,7 +14,10 @@ def whole_file(path: Path) -> Generator[Path]:
     """
     part = path.with_name(path.name + ".part")
     try:
+        part.touch()
+        mode = part.stat().st_mode
         yield part
+        part.chmod(mode)  # safetensors writes a file that its owner alone may read
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
