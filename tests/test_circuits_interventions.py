@@ -3,9 +3,11 @@
 import copy
 import json
 from contextlib import ExitStack
+from functools import cache
 
 import pytest
 import torch
+from conftest import make_hf
 from hf_reference import LAYER, SITES, encode_decode, replaced, width
 from safetensors.torch import load_file
 
@@ -98,9 +100,25 @@ def active_latent(model, sae, tokens, pos):
     return int(cache[name][0, pos].argmax())
 
 
-def build(hf_model, random_sae, architecture, sites, **overrides):
-    reference = hf_model(architecture, **overrides)
-    model = ScopeModel.from_hf(copy.deepcopy(reference))
+@pytest.fixture(scope="module")
+def bridged():
+    """One model of each architecture and its bridge, for tests that change neither."""
+
+    @cache
+    def made(architecture):
+        reference = make_hf(architecture)
+        return reference, ScopeModel.from_hf(copy.deepcopy(reference))
+
+    return made
+
+
+def build(models, random_sae, architecture, sites):
+    """A model, its bridge and a dictionary at each site; `models` is the fixture `bridged`, or None for one's own."""
+    if models is None:
+        reference = make_hf(architecture)
+        model = ScopeModel.from_hf(copy.deepcopy(reference))
+    else:
+        reference, model = models(architecture)
     saes = {}
     for site in sites:
         where = SITES[architecture][site]
@@ -116,8 +134,8 @@ WHERE = {
 
 
 @pytest.mark.parametrize(("architecture", "site"), [(a, s) for a, sites in WHERE.items() for s in sites])
-def test_edits_equal_plain_hooks_under_every_name_of_the_site(hf_model, random_sae, architecture, site):
-    reference, model, saes = build(hf_model, random_sae, architecture, [site])
+def test_edits_equal_plain_hooks_under_every_name_of_the_site(bridged, random_sae, architecture, site):
+    reference, model, saes = build(bridged, random_sae, architecture, [site])
     sae, where = saes[site], SITES[architecture][site]
     latent = active_latent(model, sae, PROMPT[None], 4)
     edits = [([4], latent, "set", 0.0), ([7], 5, "set", 2.5), ([-1], latent, "add", -1.5), ([3, 5], latent, "scale", 3)]
@@ -138,9 +156,9 @@ def test_edits_equal_plain_hooks_under_every_name_of_the_site(hf_model, random_s
     assert (want - reference(PROMPT[None]).logits).abs().max() > 0.02
 
 
-def test_several_dictionaries_are_edited_at_once_and_edits_of_one_latent_follow_each_other(hf_model, random_sae):
+def test_several_dictionaries_are_edited_at_once_and_edits_of_one_latent_follow_each_other(bridged, random_sae):
     sites = ["att", "transcoder", "res"]
-    reference, model, saes = build(hf_model, random_sae, "gemma2", sites)
+    reference, model, saes = build(bridged, random_sae, "gemma2", sites)
     tokens = PROMPT[None]
     twice = [([3], 4, "set", 1.0), ([3], 4, "add", 0.5), (list(range(2, 10)), 4, "scale", 2.0)]
     with torch.no_grad(), ExitStack() as stack:
@@ -184,10 +202,9 @@ def flows(model, names, run):
 
 @pytest.mark.parametrize("architecture", ["gemma2", "gemma3", "llama", "gpt2"])
 @pytest.mark.parametrize("freeze", [*([part] for part in PARTS), [*PARTS]])
-def test_frozen_parts_hold_in_the_edited_run_and_the_others_respond(hf_model, random_sae, architecture, freeze):
+def test_frozen_parts_hold_in_the_edited_run_and_the_others_respond(bridged, random_sae, architecture, freeze):
     """Seen downstream, by what the frozen values make of the tensors that did change."""
-    reference = hf_model(architecture)
-    model = ScopeModel.from_hf(copy.deepcopy(reference))
+    reference, model = bridged(architecture)
     saes = everything(random_sae, reference, architecture)
     first, block = "blocks.0.hook_mlp_out", "blocks.2"
     names = [
@@ -237,9 +254,8 @@ def test_frozen_parts_hold_in_the_edited_run_and_the_others_respond(hf_model, ra
     assert not close(seen[f"{block}.ln2.hook_in"], clean[f"{block}.ln2.hook_in"])
 
 
-def test_with_all_frozen_the_changes_of_edits_add_up_and_are_based_on_the_clean_run(hf_model, random_sae):
-    reference = hf_model("gemma2")
-    model = ScopeModel.from_hf(copy.deepcopy(reference))
+def test_with_all_frozen_the_changes_of_edits_add_up_and_are_based_on_the_clean_run(bridged, random_sae):
+    reference, model = bridged("gemma2")
     saes = everything(random_sae, reference, "gemma2")
     final = "ln_final.hook_out"
     edits = []
@@ -291,8 +307,8 @@ def greedy(reference, prompt, n, hooked):
         ("gpt2", "res", slice(1, None)),
     ],
 )
-def test_generation_equals_a_loop_without_a_cache(hf_model, random_sae, architecture, site, pos):
-    reference, model, saes = build(hf_model, random_sae, architecture, [site])
+def test_generation_equals_a_loop_without_a_cache(bridged, random_sae, architecture, site, pos):
+    reference, model, saes = build(bridged, random_sae, architecture, [site])
     sae, where = saes[site], SITES[architecture][site]
     sae.W_dec.data *= 3
     n_prompt, n = len(PROMPT), 8
@@ -310,7 +326,6 @@ def test_generation_equals_a_loop_without_a_cache(hf_model, random_sae, architec
         edits = [(reached(tokens.shape[1]), 11, "set", 9.0)]
         return replaced(reference, where, edited(sae, tokens, edits, untrained=(0, 1, 2)))
 
-    reference.config.eos_token_id, reference.config.pad_token_id = 1, 0
     want = greedy(reference, PROMPT, n, hooked)
     interventions = [Intervention(where.hook_out, 11, pos, 9.0)]
     got = run_with_interventions(model, PROMPT, saes=[sae], interventions=interventions, generate=n)
@@ -323,8 +338,8 @@ def test_without_edits_generation_is_the_bridges(gemma2):
     assert torch.equal(run_with_interventions(model, PROMPT[None], saes=[], interventions=[], generate=5), want)
 
 
-def test_generation_goes_on_behind_an_end_of_sequence_token_and_edits_nothing_there(hf_model, random_sae):
-    reference, model, saes = build(hf_model, random_sae, "gemma2", ["res"])
+def test_generation_goes_on_behind_an_end_of_sequence_token_and_edits_nothing_there(random_sae):
+    reference, model, saes = build(None, random_sae, "gemma2", ["res"])
     sae, where = saes["res"], SITES["gemma2"]["res"]
     sae.W_dec.data *= 3
     free = greedy(reference, PROMPT, 3, lambda tokens: replaced(reference, where, lambda x, y: y))
@@ -465,8 +480,8 @@ def state(model):
     return hooks, list(model.attached)
 
 
-def test_attached_dictionaries_are_set_aside_and_come_back(hf_model, random_sae):
-    _, model, saes = build(hf_model, random_sae, "gemma2", ["transcoder", "res"])
+def test_attached_dictionaries_are_set_aside_and_come_back(random_sae):
+    _, model, saes = build(None, random_sae, "gemma2", ["transcoder", "res"])
     edits = [Intervention(saes["transcoder"].cfg.hook_out, 7, 4, 6.0)]
     arguments = {"saes": [saes["transcoder"]], "interventions": edits, "freeze": PARTS}
     want = run_with_interventions(model, PROMPT, **arguments)
@@ -480,8 +495,8 @@ def test_attached_dictionaries_are_set_aside_and_come_back(hf_model, random_sae)
     assert list(model.attached) == [saes["transcoder"].cfg.hook_out]
 
 
-def test_an_exception_on_the_way_leaves_the_model_as_it_was(hf_model, random_sae):
-    _, model, saes = build(hf_model, random_sae, "gemma2", ["transcoder", "res"])
+def test_an_exception_on_the_way_leaves_the_model_as_it_was(random_sae):
+    _, model, saes = build(None, random_sae, "gemma2", ["transcoder", "res"])
     model.add_sae(saes["res"])
     clean, before, calls = model(PROMPT[None]), state(model), []
 
@@ -522,8 +537,8 @@ BAD = [
 ]
 
 
-def test_bad_edits_are_refused_with_what_to_do(hf_model, random_sae):
-    _, model, saes = build(hf_model, random_sae, "gemma2", ["transcoder"])
+def test_bad_edits_are_refused_with_what_to_do(bridged, random_sae):
+    _, model, saes = build(bridged, random_sae, "gemma2", ["transcoder"])
     before = state(model)
     for interventions, keywords, error, text in BAD:
         with pytest.raises(error, match=text):
@@ -546,8 +561,8 @@ def test_prompts_that_are_empty_or_special_or_several(gemma2, tokens, text):
         run_with_interventions.__wrapped__.__wrapped__(gemma2[0], tokens, saes=[], interventions=[])
 
 
-def test_two_dictionaries_for_one_site_and_one_inside_a_frozen_mlp(hf_model, random_sae):
-    _, model, saes = build(hf_model, random_sae, "gemma2", ["transcoder", "mlp"])
+def test_two_dictionaries_for_one_site_and_one_inside_a_frozen_mlp(bridged, random_sae):
+    _, model, saes = build(bridged, random_sae, "gemma2", ["transcoder", "mlp"])
     with pytest.raises(ValueError, match=r"Two of the dictionaries write 'blocks\.1\.hook_mlp_out'"):
         run_with_interventions(model, PROMPT, saes=list(saes.values()), interventions=[])
     inside = random_sae(f"{B}.mlp.hook_out", d_in=48)
@@ -562,8 +577,8 @@ def test_two_dictionaries_for_one_site_and_one_inside_a_frozen_mlp(hf_model, ran
     run_with_interventions(model, PROMPT, saes=[keys], interventions=edit, freeze=["norms", "mlps"])
 
 
-def test_parts_that_a_model_does_not_show_are_refused(hf_model, random_sae, monkeypatch):
-    _, model, _ = build(hf_model, random_sae, "gemma2", [])
+def test_parts_that_a_model_does_not_show_are_refused(bridged, random_sae, monkeypatch):
+    _, model, _ = build(bridged, random_sae, "gemma2", [])
     shown = {name: [] for name in PARTS} | {"norms": ["blocks.0.hook_mlp_in"]}  # a hook that is off
     monkeypatch.setattr(
         "scope_lens.circuits.interventions.frozen_points",
