@@ -9,7 +9,7 @@ destroys the model. So the package passes these positions through and does not c
 2. `untrained_positions` marks them in a batch of token ids; positions masked out by the attention mask are padding.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -49,18 +49,22 @@ def special_token_ids(bridge: TransformerBridge, *, chat_prefix: bool = False) -
     """
     tokenizer = bridge.tokenizer
     config: Any = getattr(bridge.original_model, "config", None)
-    text_config = getattr(config, "text_config", config)
-
-    def ids(kind: str) -> tuple[int, ...]:
-        for owner in (tokenizer, config, text_config):
-            found: int | Sequence[int] | None = getattr(owner, f"{kind}_token_id", None)
-            if found is not None:
-                return (found,) if isinstance(found, int) else tuple(found)
-        return ()
-
+    owners = (tokenizer, config, getattr(config, "text_config", config))
     return SpecialTokens(
-        bos=ids("bos"), eos=ids("eos"), pad=ids("pad"), chat_prefix=_chat_prefix(tokenizer) if chat_prefix else ()
+        bos=_ids(owners, "bos"),
+        eos=_ids(owners, "eos"),
+        pad=_ids(owners, "pad"),
+        chat_prefix=_chat_prefix(tokenizer) if chat_prefix else (),
     )
+
+
+def _ids(owners: Iterable[Any], kind: str) -> tuple[int, ...]:
+    """The ids of one kind of special token, as the first owner that has any gives them."""
+    for owner in owners:
+        found: int | Sequence[int] | None = getattr(owner, f"{kind}_token_id", None)
+        if found is not None:
+            return (found,) if isinstance(found, int) else tuple(found)
+    return ()
 
 
 def untrained_positions(
