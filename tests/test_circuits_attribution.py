@@ -351,8 +351,11 @@ def test_the_bound_on_edges_is_met_when_all_reach_all(model, transcoders, monkey
     # Between the last layer's MLP and the final norm nothing moves from one position to another.
     behind = int(((graph.layer == 2) & (graph.pos < 6) & (graph.pos > 0) & (graph.kind <= Kind.ERROR)).sum())
     assert bounds == [len(graph.edges.weight) + 3 * behind]
-    graph = run(model, suite("tzr"), max_logits=3)
-    assert bounds[1] > len(graph.edges.weight)
+    graph = run(model, suite("r"), max_logits=3)  # each hides what is before it
+    assert len(graph.edges.weight) < bounds[1] < 1.1 * len(graph.edges.weight)
+    across = make_sae("blocks.0.ln2.hook_out", "blocks.2.hook_attn_out", d_in=D)
+    graph = run(model, [*suite("tzr"), across], max_logits=3)
+    assert bounds[2] > len(graph.edges.weight)
 
 
 @pytest.mark.parametrize("path", ["written out", "autograd"])

@@ -9,7 +9,6 @@ The numbers are upper bounds of what is held at once; Python, libraries and weig
 """
 
 import math
-from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -17,7 +16,8 @@ import psutil
 import torch
 from transformer_lens import TransformerBridge
 
-from scope_lens.circuits.sources import Sources, Written
+from scope_lens.circuits.sources import Sources
+from scope_lens.sites import layer_of
 
 _MOST_ROWS = 256  # more targets in one product make it no faster
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -83,7 +83,7 @@ def rows_that_fit(sources: Sources, n_ends: int, *, max_latents: int | None, swe
     rows = int((available - edges) // row)
     if rows >= 1:
         return min(rows, _MOST_ROWS)
-    share = max(0.0, available - row) / edges
+    share = max(0.0, available - row) / edges if edges else 0.0
     few = int(min(latents if max_latents is None else max_latents, latents) * share)
     raise ValueError(
         f"The graph of {n_pos} tokens and {latents} active latents needs about {_gib(edges + row)} for its edges and "
@@ -93,19 +93,26 @@ def rows_that_fit(sources: Sources, n_ends: int, *, max_latents: int | None, swe
 
 
 def edges_at_most(sources: Sources, n_ends: int) -> int:
-    """Number of edges if everything reached everything behind it at its own and later positions.
+    """Number of edges if everything reached everything behind it, at its own and later positions, up to a cut stream.
 
     Args:
         sources: All that writes.
         n_ends: Number of logits and directions, as if all were read at the last position.
     """
-    total = n_ends * (sources.n_nodes - (len(sources.parts)) * sources.n_pos + sum(map(_n_errors, sources.parts)))
-    reached: Sequence[int] = range(1, sources.n_pos + 1)  # sources up to each position: tokens, then what is written
+    total = 0
+    tokens = torch.arange(1, sources.n_pos + 1)
+    written, reaching = tokens, tokens  # sources up to each position: all, and those that no cut of the stream hides
     for part in sources.parts:
-        here = torch.bincount(part.pos, minlength=sources.n_pos).tolist()
-        total += sum(targets * below for targets, below in zip(here, reached, strict=True))
-        reached = [below + up_to for below, up_to in zip(reached, part.starts[1:], strict=True)]
-    return total
+        place = part.place
+        # What is read in an earlier layer than it writes may have been read before a cut.
+        seen = reaching if layer_of(place.reads) == layer_of(place.writes) else written
+        total += int(torch.bincount(part.pos.cpu(), minlength=sources.n_pos) @ seen)
+        if place.passes and place.sae.W_skip is None:
+            # Past the cut comes what reaches an untrained position, from there or from before it.
+            last = (~place.trained).nonzero()[-1:, 0].tolist()
+            reaching = reaching.clamp(max=int(reaching[last[0]])) if last else torch.zeros_like(reaching)
+        written, reaching = (counts + torch.tensor(part.starts[1:]) for counts in (written, reaching))
+    return total + n_ends * int(reaching[-1])
 
 
 def available_memory(device: torch.device) -> int:
@@ -154,10 +161,6 @@ def _room(folder: Path, limit: str, usage: str, reclaimable: str) -> int | None:
     stat = folder / "memory.stat"
     entries = dict(line.split() for line in stat.read_text().splitlines()) if stat.is_file() else {}
     return int(allowed) - int((folder / usage).read_text()) + int(entries.get(reclaimable, 0))
-
-
-def _n_errors(part: Written) -> int:
-    return int(part.place.trained.sum())
 
 
 def _gib(n: float) -> str:
