@@ -137,13 +137,21 @@ def test_a_site_has_one_meaning_under_every_name(nano):
 
 @pytest.mark.parametrize("architecture", ["gemma2", "gpt2"])
 def test_inference_mode_changes_nothing(architecture):
-    model = ScopeModel.from_hf(make_hf(architecture))
-    saes = [make_sae("blocks.1.ln2.hook_normalized", "blocks.1.hook_mlp_out", d_in=48, d_sae=24)]
+    def load() -> tuple[ScopeModel, list[HookedSAE]]:
+        torch.manual_seed(0)
+        model = ScopeModel.from_hf(make_hf(architecture))
+        return model, [make_sae("blocks.1.ln2.hook_normalized", "blocks.1.hook_mlp_out", d_in=48, d_sae=24)]
+
+    model, saes = load()
     tokens = torch.tensor([2, 5, 6, 7])
     plain = attribute(model, tokens, saes=saes, progress=False)
     with torch.inference_mode():
         other = attribute(model, tokens, saes=saes, progress=False)
+        model, saes = load()
+        loaded_there = attribute(model, tokens, saes=saes, progress=False)
     assert torch.equal(plain.dense(), other.dense())
+    assert torch.equal(plain.dense(), loaded_there.dense())
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_folding_the_gain_into_the_mlp_changes_nothing():

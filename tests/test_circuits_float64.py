@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from conftest import make_hf
+from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 from scope_lens.circuits.float64 import in_float64
 from scope_lens.circuits.frozen import record
@@ -77,3 +78,23 @@ def test_the_copy_is_exact_where_hugging_face_rounds(architecture):
     if architecture.startswith("gemma"):
         table = copied.embed.original_component.weight
         torch.testing.assert_close(seen["hook_embed"], table[IDS] * math.sqrt(48), rtol=1e-15, atol=0)
+
+
+def test_what_a_hook_made_of_the_embeddings_stays():
+    bridge = ScopeModel.from_hf(make_hf("gemma2")).model
+    bridge.add_hook("hook_embed", lambda tensor, hook: tensor + 0.1)
+    copied, hooks = in_float64(bridge)
+    _, seen = record(copied, IDS, ["hook_embed"], hooks=hooks)
+    table = copied.embed.original_component.weight
+    torch.testing.assert_close(seen["hook_embed"], table[IDS] * math.sqrt(48) + 0.1, rtol=1e-6, atol=1e-7)
+
+
+def test_a_pattern_without_scores_stays():
+    config = GPTNeoConfig(
+        vocab_size=199, hidden_size=48, num_layers=2, num_heads=4, attention_types=[[["global"], 2]],
+        max_position_embeddings=64,
+    )  # fmt: skip
+    bridge = ScopeModel.from_hf(GPTNeoForCausalLM(config).eval()).model
+    copied, hooks = in_float64(bridge)
+    logits, _ = record(copied, IDS, [], hooks=hooks)
+    torch.testing.assert_close(logits, bridge(IDS).double(), rtol=0, atol=1e-5)

@@ -9,7 +9,8 @@ redo these four:
 3. Rotary tables: again, from the config's base and scaling.
 4. Gemma's embeddings: again, from the table and the exact square root.
 
-Where an architecture has another softmax or another table than these, what it computed stays.
+Where an architecture has another softmax or another table than these, what it computed stays, and so does what a user's
+hook made of it.
 """
 
 import math
@@ -76,7 +77,8 @@ def _softmax_hooks(scores_name: str) -> list[NamedHook]:
         scores[:] = [tensor]
 
     def redo(tensor: Tensor, hook: HookPoint) -> Tensor:  # noqa: ARG001
-        return _better(torch.softmax(scores.pop().to(tensor.dtype), dim=-1), tensor)
+        # Some architectures show a pattern and no scores.
+        return _better(torch.softmax(scores.pop().to(tensor.dtype), dim=-1), tensor) if scores else tensor
 
     return [(scores_name, note), (scores_name.replace("hook_attn_scores", "hook_pattern"), redo)]
 
@@ -92,7 +94,8 @@ def _embedding_hooks(bridge: TransformerBridge) -> list[NamedHook]:
         tokens[:] = [tensor]
 
     def redo(tensor: Tensor, hook: HookPoint) -> Tensor:  # noqa: ARG001
-        return table.weight[tokens.pop()] * scale
+        exact = table.weight[tokens.pop()] * scale
+        return exact if torch.allclose(exact, tensor, rtol=1e-2, atol=0) else tensor
 
     return [("embed.hook_in", note), ("hook_embed", redo)]
 

@@ -31,7 +31,8 @@ class ThroughAutograd(LinearModel):
         tokens: The prompt.
         seen: What one clean forward pass showed at the frozen points, at `hook_embed` and where dictionaries write.
         places: The dictionaries.
-        dtype: What it is computed in; a model of another dtype is copied.
+        dtype: What it is computed in. A model of another dtype is copied, and one that was loaded in inference mode,
+            whose parameters autograd refuses.
     """
 
     def __init__(
@@ -44,7 +45,8 @@ class ThroughAutograd(LinearModel):
         dtype: torch.dtype,
     ) -> None:
         self.places = places
-        if next(iter(bridge.parameters())).dtype != dtype:
+        parameters = [*bridge.parameters()]
+        if parameters[0].dtype != dtype or any(parameter.is_inference() for parameter in parameters):
             bridge = attachments_of(bridge).deepcopy_bridge(bridge, {})
             cast(bridge, dtype)
         self._bridge, self._tokens, self._dtype = bridge, tokens, dtype
