@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import make_hf, make_sae
 from hf_reference import width
 
 from scope_lens.circuits import Intervention, Kind, Target, attribute, run_with_interventions, verify
@@ -15,31 +16,38 @@ from scope_lens.model import ScopeModel
 PROMPT = torch.tensor([2, 31, 100, 36, 21, 37, 155])
 
 
-def sites(random_sae, reference, architecture, layers=(0, 1)):
+def sites(reference, architecture, layers=(0, 1)):
     """Dictionaries at attention, MLP (transcoders, with and without a skip term) and residual sites."""
     read = "ln2.hook_out" if architecture == "gpt2" else "ln2.hook_normalized"
     saes = []
     for layer in layers:
         block = f"blocks.{layer}"
         saes += [
-            random_sae(f"{block}.attn.hook_z", d_in=width(reference, "att"), d_sae=24),
-            random_sae(f"{block}.{read}", f"{block}.hook_mlp_out", d_in=48, d_sae=24, skip=layer == 1),
-            random_sae(f"{block}.hook_resid_post", d_in=48, d_sae=24),
+            make_sae(f"{block}.attn.hook_z", d_in=width(reference, "att"), d_sae=24),
+            make_sae(f"{block}.{read}", f"{block}.hook_mlp_out", d_in=48, d_sae=24, skip=layer == 1),
+            make_sae(f"{block}.hook_resid_post", d_in=48, d_sae=24),
         ]
     return saes
 
 
-def material(hf_model, random_sae, architecture="llama", **kw):
-    reference = hf_model(architecture, num_hidden_layers=2, **kw)
-    return ScopeModel.from_hf(copy.deepcopy(reference)), sites(random_sae, reference, architecture)
+def material(architecture, **kw):
+    reference = make_hf(architecture, num_hidden_layers=2, **kw)
+    return ScopeModel.from_hf(copy.deepcopy(reference)), sites(reference, architecture)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    """A model, its dictionaries and their graph, for tests that change none of them."""
+    model, saes = material("llama")
+    return model, saes, attribute(model, PROMPT, saes=saes, progress=False)
 
 
 # ---- direct ----
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "gemma3", "llama", "gpt2"])
-def test_direct_effects_agree_for_every_source_at_any_mix_of_sites(hf_model, random_sae, architecture):
-    model, saes = material(hf_model, random_sae, architecture)
+def test_direct_effects_agree_for_every_source_at_any_mix_of_sites(architecture):
+    model, saes = material(architecture)
     saes = saes[::-1][:5]  # in no order, the first attention site has none
     graph = attribute(model, PROMPT, saes=saes, progress=False)
     found = verify(graph, model, saes=saes, n=60)
@@ -51,8 +59,8 @@ def test_direct_effects_agree_for_every_source_at_any_mix_of_sites(hf_model, ran
     assert {Kind.LATENT, Kind.ERROR, Kind.TOKEN} <= {*kinds.tolist()}
 
 
-def test_direct_effects_of_a_graph_in_float64_agree_in_float64(hf_model, random_sae):
-    model, saes = material(hf_model, random_sae, "gemma2")
+def test_direct_effects_of_a_graph_in_float64_agree_in_float64():
+    model, saes = material("gemma2")
     graph = attribute(model, PROMPT, saes=saes, dtype=torch.float64, progress=False)
     found = verify(graph, model, saes=saes, n=12)
     torch.testing.assert_close(found.measured, found.predicted, atol=1e-13, rtol=1e-10)
@@ -61,10 +69,10 @@ def test_direct_effects_of_a_graph_in_float64_agree_in_float64(hf_model, random_
 
 
 @pytest.mark.parametrize("sae_dtype", [torch.float32, torch.bfloat16])
-def test_direct_effects_in_a_half_precision_model(hf_model, random_sae, sae_dtype):
+def test_direct_effects_in_a_half_precision_model(hf_model, sae_dtype):
     reference = hf_model("gemma2", num_hidden_layers=2).to(torch.bfloat16)
     model = ScopeModel.from_hf(copy.deepcopy(reference))
-    saes = [sae.to(sae_dtype) for sae in sites(random_sae, reference, "gemma2")]
+    saes = [sae.to(sae_dtype) for sae in sites(reference, "gemma2")]
     graph = attribute(model, PROMPT, saes=saes, progress=False)
     found = verify(graph, model, saes=saes, n=12)
     assert abs(found.slope - 1) < 1e-3  # what an autoencoder encodes is rounded to bfloat16 in one of the two
@@ -73,9 +81,9 @@ def test_direct_effects_in_a_half_precision_model(hf_model, random_sae, sae_dtyp
     assert saes[0].dtype == sae_dtype
 
 
-def test_mlp_saes_and_embedding_dictionaries(hf_model, random_sae):
+def test_mlp_saes_and_embedding_dictionaries(random_sae):
     """What reads an MLP output reads a constant; what reads the embeddings is read before the cut."""
-    model, _ = material(hf_model, random_sae, "gemma2")
+    model, _ = material("gemma2")
     saes = [random_sae("hook_embed", d_in=48), random_sae("blocks.0.hook_mlp_out", d_in=48, skip=True)]
     saes.append(random_sae("blocks.1.hook_resid_mid", "blocks.1.hook_resid_post", d_in=48, skip=True))
     graph = attribute(model, PROMPT, saes=saes, progress=False)
@@ -83,9 +91,8 @@ def test_mlp_saes_and_embedding_dictionaries(hf_model, random_sae):
     torch.testing.assert_close(found.measured, found.predicted, atol=1e-4, rtol=1e-4)
 
 
-def test_pruned_and_folded_graphs_agree_where_they_have_edges(hf_model, random_sae):
-    model, saes = material(hf_model, random_sae)
-    graph = attribute(model, PROMPT, saes=saes, progress=False)
+def test_pruned_and_folded_graphs_agree_where_they_have_edges(llama):
+    model, saes, graph = llama
     whole, pruned = (verify(g, model, saes=saes, n=12) for g in (graph, graph.prune(node_mass=0.5, edge_mass=0.8)))
     assert len(pruned.predicted) < len(whole.predicted) / 2
     folded = verify(attribute(model, PROMPT, saes=saes, max_latents=30, progress=False), model, saes=saes, n=12)
@@ -103,9 +110,8 @@ def test_a_graph_without_dictionaries_is_of_tokens_alone(hf_model):
     assert len(found.predicted) == len(graph.edges.source)
 
 
-def test_a_wrong_graph_is_seen(hf_model, random_sae):
-    model, saes = material(hf_model, random_sae)
-    graph = attribute(model, PROMPT, saes=saes, progress=False)
+def test_a_wrong_graph_is_seen(llama):
+    model, saes, graph = llama
     right = verify(graph, model, saes=saes, n=8)
 
     def with_weights(weight):
@@ -124,8 +130,8 @@ def test_a_wrong_graph_is_seen(hf_model, random_sae):
 # ---- total ----
 
 
-def test_total_effects_are_the_sum_over_all_paths(hf_model, random_sae):
-    model, saes = material(hf_model, random_sae)
+def test_total_effects_are_the_sum_over_all_paths(llama):
+    model, saes, _ = llama
     graph = attribute(model, PROMPT, saes=saes, dtype=torch.float64, progress=False)
     dense = graph.dense()
     latent = (graph.kind == Kind.LATENT) & (graph.activation != 0)
@@ -136,9 +142,9 @@ def test_total_effects_are_the_sum_over_all_paths(hf_model, random_sae):
     torch.testing.assert_close(total_effects(graph, ends), want[ends], atol=1e-12, rtol=1e-9)
 
 
-def test_total_effects_are_those_of_a_model_whose_latents_are_linear(hf_model, random_sae):
+def test_total_effects_are_those_of_a_model_whose_latents_are_linear():
     """Hooks that hold all but the active latents, and let these move with their pre-activations."""
-    model, saes = material(hf_model, random_sae, "gemma2")
+    model, saes = material("gemma2")
     saes = [sae for sae in saes if "resid" not in sae.cfg.hook_out]
     graph = attribute(model, PROMPT, saes=saes, progress=False)
     bridge, final = model.model, "ln_final.hook_out"
@@ -179,8 +185,8 @@ def test_total_effects_are_those_of_a_model_whose_latents_are_linear(hf_model, r
         torch.testing.assert_close(predicted[:, node].float(), measured, atol=2e-5, rtol=1e-4)
 
 
-def test_total_measures_the_free_model(hf_model, random_sae):
-    model, saes = material(hf_model, random_sae)  # without a soft cap: logits are what targets read
+def test_total_measures_the_free_model(llama):
+    model, saes, _ = llama  # without a soft cap: logits are what targets read
     graph = attribute(model, PROMPT, saes=saes, targets=[7, 9], progress=False)
     found = verify(graph, model, saes=saes, n=10, mode="total")
     by_influence = graph.influence().argsort(descending=True, stable=True).tolist()
@@ -199,8 +205,8 @@ def test_total_measures_the_free_model(hf_model, random_sae):
     assert not 0.99 < found.slope < 1.01
 
 
-def test_total_effects_on_a_latent_that_is_asked_for(hf_model, random_sae):
-    model, saes = material(hf_model, random_sae)
+def test_total_effects_on_a_latent_that_is_asked_for(llama):
+    model, saes, _ = llama
     site = "blocks.1.hook_resid_post"
     latent = 5
     graph = attribute(model, PROMPT, saes=saes, targets=[Target("seen", 4, latent=(site, latent))], progress=False)
@@ -224,8 +230,8 @@ def test_total_effects_on_a_latent_that_is_asked_for(hf_model, random_sae):
 # ---- directions ----
 
 
-def test_directions_are_compared_as_well(hf_model, random_sae):
-    model, saes = material(hf_model, random_sae)
+def test_directions_are_compared_as_well(llama):
+    model, saes, _ = llama
     targets = [Target("difference", -1, vector=model.W_U[:, 7] - model.W_U[:, 9])]
     graph = attribute(model, PROMPT, saes=saes, targets=targets, progress=False)
     (direction,) = graph.find(kind=Kind.DIRECTION).tolist()
@@ -241,8 +247,8 @@ def test_directions_are_compared_as_well(hf_model, random_sae):
 # ---- the model is left as it was found ----
 
 
-def test_the_model_is_left_as_it_was_found_also_on_exceptions(hf_model, random_sae):
-    model, saes = material(hf_model, random_sae, "gpt2", resid_pdrop=0.5)
+def test_the_model_is_left_as_it_was_found_also_on_exceptions():
+    model, saes = material("gpt2", resid_pdrop=0.5)
     graph = attribute(model, PROMPT, saes=saes, progress=False)
     want = verify(graph, model, saes=saes, n=3)
     model.add_sae(saes[1])
@@ -269,12 +275,10 @@ def test_the_model_is_left_as_it_was_found_also_on_exceptions(hf_model, random_s
 # ---- input that is refused ----
 
 
-def test_bad_input_is_refused_with_what_to_do(hf_model, random_sae):
-    model, saes = material(hf_model, random_sae)
-    saes = saes[:2]
-    graph = attribute(model, PROMPT, saes=saes, progress=False)
+def test_bad_input_is_refused_with_what_to_do(llama, hf_model, random_sae):
+    model, saes, graph = llama
     plain = verify.__wrapped__.__wrapped__
-    narrow = [saes[0], random_sae(saes[1].cfg.hook_in, saes[1].cfg.hook_out, d_in=48, d_sae=3)]
+    narrow = [saes[0], random_sae(saes[1].cfg.hook_in, saes[1].cfg.hook_out, d_in=48, d_sae=3), *saes[2:]]
     other = ScopeModel.from_hf(hf_model("llama", num_hidden_layers=1))
     merged = graph.merge({"two": graph.find(kind=Kind.ERROR)[:2].tolist()})
     cases = [
