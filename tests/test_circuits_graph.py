@@ -332,8 +332,10 @@ def test_a_description_that_is_no_json_is_refused(tmp_path):
 
 def test_a_mask_is_no_list_of_nodes():
     graph = random_graph()
-    with pytest.raises(ValueError, match=r"found torch.bool. Of a mask, pass mask.nonzero\(\)\[:, 0\]"):
-        graph.subgraph((graph.kind == Kind.TOKEN).tolist())
+    mask = (graph.kind == Kind.TOKEN).tolist()
+    for take in (graph.subgraph, lambda nodes: graph.merge({"tokens": nodes})):
+        with pytest.raises(ValueError, match=r"found torch.bool. Of a mask, pass mask.nonzero\(\)\[:, 0\]"):
+            take(mask)
 
 
 def test_a_graph_is_not_changed_in_place():

@@ -39,9 +39,11 @@ def test_it_prints_and_writes_the_graph_of_the_embedded_model(run, tmp_path):  #
     assert float(rows[0][-1]) == pytest.approx(float(influence.max()), abs=1e-4)
     assert len(rows) == 3
     pruned = graph.prune()
-    assert f"{graph.n_nodes:,} nodes" in counts
-    assert f"after pruning {pruned.n_nodes:,} and {len(pruned.edges.source):,}" in counts
-    assert f"replacement score {graph.scores().replacement:.3f}" in counts
+    for what, one in (("whole", graph), ("pruned", pruned)):
+        scores = one.scores()
+        size = f"{one.n_nodes:,} nodes and {len(one.edges.source):,} edges"
+        parts = f"replacement score {scores.replacement:.3f}, completeness {scores.completeness:.3f}"
+        assert f"{what}: {size}, {parts}" in counts
     assert "add up to every target's pre-activation to" in counts
 
     kept = AttributionGraph.load(files["g.safetensors"])
@@ -50,7 +52,7 @@ def test_it_prints_and_writes_the_graph_of_the_embedded_model(run, tmp_path):  #
     assert len([n for n in page["nodes"] if n["feature_type"] != "bias"]) == pruned.n_nodes
     assert page["metadata"]["slug"] == "lily-went-to-the"
     assert page["metadata"]["scan"] == "tiny-gemma2-stories"
-    assert "Attribution graph" in files["g.html"].read_text()
+    assert f"{pruned.n_nodes:,} nodes, {len(pruned.edges.source):,} edges, " in files["g.html"].read_text()
 
 
 def test_layers_targets_and_folded_latents(run, tmp_path):  # noqa: F811

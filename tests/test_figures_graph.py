@@ -341,6 +341,11 @@ def test_nodes_that_are_not_there_are_refused(settings):
         figures.graph(small(), **settings)
 
 
+def test_a_group_without_nodes_is_refused():
+    with pytest.raises(ValueError, match=r"Groups \['a'\] have no nodes"):
+        figures.graph(small(), groups={"a": [], "b": [1]})
+
+
 def test_a_graph_without_edges_is_drawn():
     nodes = [(Kind.TOKEN, -1, 0, 5, "hook_embed", "a", NAN, 0.0, 0.5)]
     figure = figures.graph(graph_of(nodes, {}, tokens=[5], strings=["a"], n_layers=1, sites=[MLP]))

@@ -12,7 +12,6 @@ target's bias, and what pruning took away from its row is `dropped`, so that for
 4. `save` and `load` keep it in one file (`graph_file`); `to_networkx` hands it on.
 """
 
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -249,17 +248,10 @@ class AttributionGraph:
         Raises:
             ValueError: A number that is no node, or a mask in place of numbers.
         """
-        given = torch.as_tensor(nodes, device=self.kind.device)
-        if len(given) and (given.dtype == torch.bool or given.is_floating_point()):
-            raise ValueError(f"Nodes are given by number; found {given.dtype}. Of a mask, pass mask.nonzero()[:, 0].")
-        numbers = given.long().unique()
-        if len(numbers) and not (int(numbers[0]) >= 0 and int(numbers[-1]) < self.n_nodes):
-            raise ValueError(
-                f"Nodes are numbered 0 to {self.n_nodes - 1}; asked for {int(numbers[0])} to {int(numbers[-1])}."
-            )
+        numbers = self.kind.new_tensor(merging.node_numbers(self.n_nodes, nodes)).unique()
         return self._part(numbers, part(self.edges, numbers))
 
-    def merge(self, groups: Mapping[str, Sequence[int]]) -> "AttributionGraph":
+    def merge(self, groups: Mapping[str, Sequence[int] | Int[Tensor, " member"]]) -> "AttributionGraph":
         """Make one node of each group: rows and columns are summed, edges inside it go to `dropped` (see `merging`).
 
         The group takes the place of its first member and the group's name as label. It keeps what its members share of
@@ -270,13 +262,14 @@ class AttributionGraph:
             groups: Node numbers by the group's name.
 
         Raises:
-            ValueError: An empty group, nodes of different kinds in one, a node in two, or groups such that a path
-                leaves one and comes back.
+            ValueError: An empty group, a number that is no node, nodes of different kinds in one group, a node in two,
+                or groups such that a path leaves one and comes back.
         """
-        firsts = merging.firsts_of_groups(self.n_nodes, groups)
+        numbers = {name: merging.node_numbers(self.n_nodes, members) for name, members in groups.items()}
+        firsts = merging.firsts_of_groups(self.n_nodes, numbers)
         labels = [*self.label]
-        for name, members in groups.items():
-            kinds = {Kind(kind).name for kind in self.kind[[*map(operator.index, members)]].tolist()}
+        for name, members in numbers.items():
+            kinds = {Kind(kind).name for kind in self.kind[members].tolist()}
             if len(kinds) > 1:
                 raise ValueError(f"Group {name!r} has nodes of the kinds {sorted(kinds)}; group each kind by itself.")
             labels[min(members)] = name

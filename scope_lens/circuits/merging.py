@@ -7,7 +7,6 @@
    and comes back, no order exists and the merge is refused.
 """
 
-import operator
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -63,6 +62,26 @@ def groups_of(firsts: Int[Tensor, " node"]) -> Groups:
     return Groups(group, leaders)
 
 
+def node_numbers(n_nodes: int, nodes: Sequence[int] | Int[Tensor, " member"]) -> list[int]:
+    """Node numbers that someone chose, as they stand there.
+
+    Args:
+        n_nodes: Number of nodes of the graph.
+        nodes: Their numbers.
+
+    Raises:
+        ValueError: A mask in place of numbers, or a number that is no node.
+    """
+    given = torch.as_tensor(nodes, device="cpu")
+    if len(given) and (given.dtype == torch.bool or given.is_floating_point()):
+        raise ValueError(f"Nodes are given by number; found {given.dtype}. Of a mask, pass mask.nonzero()[:, 0].")
+    numbers: list[int] = given.tolist()
+    for node in numbers:
+        if not 0 <= node < n_nodes:
+            raise ValueError(f"Node {node} is not in this graph; its nodes are numbered 0 to {n_nodes - 1}.")
+    return numbers
+
+
 def firsts_of_groups(n_nodes: int, groups: Mapping[str, Sequence[int]]) -> Int[Tensor, " node"]:
     """Give every node the smallest number in its group, its own outside of all groups.
 
@@ -71,20 +90,17 @@ def firsts_of_groups(n_nodes: int, groups: Mapping[str, Sequence[int]]) -> Int[T
         groups: Node numbers by the group's name.
 
     Raises:
-        ValueError: A group without nodes, a number that is no node, or a node in two groups.
+        ValueError: A group without nodes, or a node in two groups.
     """
     firsts = torch.arange(n_nodes, device="cpu")
     owner: dict[int, str] = {}
     for name, members in groups.items():
         if not len(members):
             raise ValueError(f"Group {name!r} has no nodes.")
-        numbers = [*map(operator.index, members)]
-        for node in numbers:
-            if not 0 <= node < n_nodes:
-                raise ValueError(f"Group {name!r} has node {node}; the graph's are numbered 0 to {n_nodes - 1}.")
+        for node in members:
             if owner.setdefault(node, name) != name:
                 raise ValueError(f"Node {node} is in the groups {owner[node]!r} and {name!r}; a node can be in one.")
-        firsts[numbers] = min(numbers)
+        firsts[[*members]] = min(members)
     return firsts
 
 

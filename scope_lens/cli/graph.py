@@ -180,12 +180,14 @@ def _report(found: "AttributionGraph", pruned: "AttributionGraph", *, top: int) 
         ],
         left=(0, 3),
     )
-    scores, checks = found.scores(), found.checks
-    say(
-        f"\n{found.n_nodes:,} nodes and {len(found.edges.source):,} edges, after pruning {pruned.n_nodes:,} and "
-        f"{len(pruned.edges.source):,}; replacement score {scores.replacement:.3f}, completeness "
-        f"{scores.completeness:.3f}"
-    )
+    say("")
+    for what, one in (("whole", found), ("pruned", pruned)):
+        scores = one.scores()
+        say(
+            f"{what}: {one.n_nodes:,} nodes and {len(one.edges.source):,} edges, replacement score "
+            f"{scores.replacement:.3f}, completeness {scores.completeness:.3f}"
+        )
+    checks = found.checks
     say(
         f"checked: the logits are the model's to {checks.logits:.0e}; sources and bias add up to every target's "
         f"pre-activation to {checks.conservation:.0e}"

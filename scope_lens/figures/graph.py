@@ -7,8 +7,7 @@
    made, a click on a node pins or frees it (`pin.js`).
 """
 
-import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
@@ -16,6 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from scope_lens.circuits.graph import AttributionGraph, Kind
+from scope_lens.circuits.merging import node_numbers
 from scope_lens.figures.axes import elide
 from scope_lens.figures.graph_edges import NEGATIVE, POSITIVE, Band, bands, edges_of, pinned_traces, styles
 from scope_lens.figures.graph_layout import Cell, Layout, lay_out, stand_upright
@@ -49,9 +49,15 @@ def graph(
     Raises:
         ValueError: No nodes, more than can be read, or a node number that the graph does not have.
     """
-    chosen = [*map(operator.index, pinned)]
-    named = {name: [*map(operator.index, members)] for name, members in (groups or {}).items()}
-    _check(graph, [*chosen, *(node for members in named.values() for node in members)])
+    if not 0 < graph.n_nodes <= _MOST_NODES:
+        raise ValueError(
+            f"A graph of {graph.n_nodes:,} nodes cannot be read in a figure, which takes 1 to {_MOST_NODES:,}. Prune "
+            "it first: graph.prune(node_mass=...)."
+        )
+    chosen = node_numbers(graph.n_nodes, pinned)
+    named = {name: node_numbers(graph.n_nodes, members) for name, members in (groups or {}).items()}
+    if empty := [name for name, members in named.items() if not members]:
+        raise ValueError(f"Groups {empty} have no nodes.")
     influence = graph.influence()
     targets = graph.targets
     bias_at = graph.pos[targets][graph.bias[targets] != 0].unique().tolist()
@@ -94,18 +100,7 @@ def graph(
     _axes(figure, place, rows.names, words)
     _name_ends(figure, graph, place)
     _slide(figure, drawn, hidden=bool(pins))
-    return _dress(figure, graph, place, words=words, n_edges=len(edges), n_entries=len(nodes) + len(named))
-
-
-def _check(graph: AttributionGraph, nodes: Iterable[int]) -> None:
-    if not 0 < graph.n_nodes <= _MOST_NODES:
-        raise ValueError(
-            f"A graph of {graph.n_nodes:,} nodes cannot be read in a figure, which takes 1 to {_MOST_NODES:,}. Prune "
-            "it first: graph.prune(node_mass=...)."
-        )
-    for node in nodes:
-        if not 0 <= node < graph.n_nodes:
-            raise ValueError(f"Node {node} is not in this graph; its nodes are numbered 0 to {graph.n_nodes - 1}.")
+    return _dress(figure, graph, place, words=words, n_entries=len(nodes) + len(named))
 
 
 class _Rows(NamedTuple):
@@ -202,7 +197,7 @@ def _slide(figure: go.Figure, drawn: Sequence[Band], *, hidden: bool) -> None:
 
 
 def _dress(
-    figure: go.Figure, graph: AttributionGraph, place: Layout, *, words: Sequence[str], n_edges: int, n_entries: int
+    figure: go.Figure, graph: AttributionGraph, place: Layout, *, words: Sequence[str], n_entries: int
 ) -> go.Figure:
     """Title, legend and one plain look, in a size that leaves room for all of it.
 
@@ -211,19 +206,19 @@ def _dress(
         graph: What it draws.
         place: Where.
         words: What stands under the columns.
-        n_edges: Number of edges, those of the bias included.
         n_entries: Entries of the legend.
     """
     under = 8 * max(map(len, words)) if stand_upright(words) else 20
     legend = 22 * -(-n_entries // max(1, int(place.width // _ENTRY)))
     slider = 90 if figure.layout.sliders else 0
     scores = graph.scores()
+    n_edges, n_biases = len(graph.edges.source), int((graph.bias[graph.targets] != 0).sum())
     figure.update_layout(
         title={
             "text": f"<b>Attribution graph: {html(elide(graph.model.rstrip('/').rsplit('/', maxsplit=1)[-1]))}</b>",
             "subtitle": {
-                "text": f"{graph.n_nodes:,} nodes, {n_edges:,} edges; replacement {scores.replacement:.2f}, "
-                f"completeness {scores.completeness:.2f}; <span style='color:{POSITIVE}'>positive</span> and "
+                "text": f"{graph.n_nodes:,} nodes, {n_edges:,} edges, {n_biases:,} biases; "
+                f"replacement {scores.replacement:.2f}, completeness {scores.completeness:.2f}; <span style='color:{POSITIVE}'>positive</span> and "
                 f"<span style='color:{NEGATIVE}'>negative</span> effects, as wide as their weight"
             },
             "x": 0.01,
