@@ -218,8 +218,8 @@ def _dress(
             "text": f"<b>Attribution graph: {html(elide(graph.model.rstrip('/').rsplit('/', maxsplit=1)[-1]))}</b>",
             "subtitle": {
                 "text": f"{graph.n_nodes:,} nodes, {n_edges:,} edges, {n_biases:,} biases; "
-                f"replacement {scores.replacement:.2f}, completeness {scores.completeness:.2f}; <span style='color:{POSITIVE}'>positive</span> and "
-                f"<span style='color:{NEGATIVE}'>negative</span> effects, as wide as their weight"
+                f"replacement {scores.replacement:.2f}, completeness {scores.completeness:.2f}; "
+                f"<span style='color:{POSITIVE}'>positive</span> and <span style='color:{NEGATIVE}'>negative</span> effects, as wide as their weight"
             },
             "x": 0.01,
             "yref": "container",
