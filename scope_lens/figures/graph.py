@@ -219,7 +219,8 @@ def _dress(
             "subtitle": {
                 "text": f"{graph.n_nodes:,} nodes, {n_edges:,} edges, {n_biases:,} biases; "
                 f"replacement {scores.replacement:.2f}, completeness {scores.completeness:.2f}; "
-                f"<span style='color:{POSITIVE}'>positive</span> and <span style='color:{NEGATIVE}'>negative</span> effects, as wide as their weight"
+                f"<span style='color:{POSITIVE}'>positive</span> and "
+                f"<span style='color:{NEGATIVE}'>negative</span> effects, as wide as their weight"
             },
             "x": 0.01,
             "yref": "container",
