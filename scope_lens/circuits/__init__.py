@@ -1,4 +1,4 @@
-"""Feature circuits: attribution graphs, interventions, verification, export.
+"""Circuits: attribution graphs, their verification, interventions, export.
 
 The public names below are imported when first used.
 """

@@ -51,7 +51,7 @@ def neuronpedia(
     Args:
         graph: The graph. One that was never pruned is pruned first, as circuit-tracer does; one that was is written as
             it is.
-        path: A file that ends in .json, or a folder (made if its parent exists), which gets "<slug>.json".
+        path: A file that ends in .json, or a folder (made if its parent exists), which gets a file of the slug's name.
         slug: Name of the graph; the file's name without its ending if that is given.
         scan: Model id on Neuronpedia; the last part of the graph's model, e.g. "gemma-2-2b".
         labels: Texts for latents, by site (as `graph.sites` spells it) and number.

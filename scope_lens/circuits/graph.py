@@ -64,7 +64,7 @@ class AttributionGraph:
         d_vocab: Size of its vocabulary.
         model: Its id.
         sites: `hook_out` of the dictionaries, in the order of the graph.
-        sources: Where each of them came from, "<release>/<path>", or "".
+        sources: Where each of them came from, release and path with a "/" between, or "".
         checks: What attribution found when it checked itself.
         settings: How the graph was made.
 
