@@ -6,7 +6,7 @@ from xml.etree import ElementTree as ET
 
 SHARES = {
     "training": ("training", "kernels", "bench_cuda", "demo"),
-    "circuits": ("circuits",),
+    "circuits": ("circuits", "bench_graph"),
     "evaluation": ("evaluat",),
     "explore, figures, command line, notebooks": ("explore", "figures", "cli", "docs", "notebooks"),
 }
