@@ -40,7 +40,7 @@ def model() -> ScopeModel:
     return ScopeModel.from_hf(make_hf("gemma2"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def transcoders() -> list[HookedSAE]:
     return suite("t")
 
@@ -51,6 +51,8 @@ def run(model: ScopeModel, saes: list[HookedSAE], tokens: Tensor = PROMPT, **set
 
 def row(graph: AttributionGraph, **node) -> Tensor:
     (number,) = graph.find(**node)
+    """For tests that do not change them."""
+    torch.manual_seed(0)
     return graph.dense()[number]
 
 
@@ -63,6 +65,18 @@ def test_the_logits_of_a_mass_are_the_fewest_that_reach_it(model, transcoders):
     graph = run(model, transcoders, logit_mass=0.03, max_logits=50)
     logits = graph.find(kind=Kind.LOGIT)
     count = len(logits)
+@pytest.fixture(scope="module")
+def whole(model, transcoders) -> AttributionGraph:
+    return run(model, transcoders, dtype=RESULT)
+
+
+@pytest.fixture(scope="module")
+def of_two_kinds(model) -> tuple[list[HookedSAE], AttributionGraph]:
+    torch.manual_seed(0)
+    saes = suite("tz")
+    return saes, run(model, saes, dtype=RESULT)
+
+
     assert mass[: count - 1].sum() < 0.03 <= mass[:count].sum()
     assert graph.index[logits].tolist() == tokens[:count].tolist()
     torch.testing.assert_close(graph.activation[logits], mass[:count])
@@ -96,8 +110,7 @@ def test_a_direction_at_an_earlier_position_sees_nothing_behind_it(model, transc
 
 
 @pytest.mark.parametrize("site", ["blocks.1.hook_mlp_out", "blocks.1.ln2_post.hook_out"])
-def test_an_active_latent_asked_for_is_its_node_with_a_weight(model, transcoders, site):
-    whole = run(model, transcoders, dtype=RESULT)
+def test_an_active_latent_asked_for_is_its_node_with_a_weight(model, transcoders, whole, site):
     latent = int(whole.find(kind=Kind.LATENT, layer=1, pos=5)[0])
     index = int(whole.index[latent])
     graph = run(model, transcoders, targets=[Target("it", 5, latent=(site, index))], dtype=RESULT)
@@ -108,8 +121,7 @@ def test_an_active_latent_asked_for_is_its_node_with_a_weight(model, transcoders
     torch.testing.assert_close(graph.dense()[node], whole.dense()[latent][: graph.n_nodes])
 
 
-def test_a_silent_latent_asked_for_is_a_node_that_writes_nothing(model, transcoders):
-    whole = run(model, transcoders, dtype=RESULT)
+def test_a_silent_latent_asked_for_is_a_node_that_writes_nothing(model, transcoders, whole):
     active = set(whole.index[whole.find(kind=Kind.LATENT, layer=1, pos=5)].tolist())
     silent = min(set(range(24)) - active)
     graph = run(model, transcoders, targets=[Target("it", 5, latent=("blocks.1.hook_mlp_out", silent))], dtype=RESULT)
@@ -257,8 +269,8 @@ def silence(sae: HookedSAE) -> HookedSAE:
     return sae
 
 
-def test_no_latent_at_all(model, transcoders):
-    graph = run(model, [silence(sae) for sae in transcoders], dtype=RESULT)
+def test_no_latent_at_all(model):
+    graph = run(model, [silence(sae) for sae in suite("t")], dtype=RESULT)
     assert len(graph.find(kind=Kind.LATENT)) == 0
     assert graph.conservation().max() < 1e-12
     pruned = graph.prune()
@@ -296,9 +308,9 @@ def by_key(graph: AttributionGraph) -> dict[tuple[int, ...], int]:
 
 
 @pytest.mark.parametrize("max_latents", [0, 1, 30])
-def test_folding_keeps_every_row_whole(model, max_latents):
-    saes = suite("tz")
-    whole, part = run(model, saes, dtype=RESULT), run(model, saes, max_latents=max_latents, dtype=RESULT)
+def test_folding_keeps_every_row_whole(model, of_two_kinds, max_latents):
+    saes, whole = of_two_kinds
+    part = run(model, saes, max_latents=max_latents, dtype=RESULT)
     assert len(part.find(kind=Kind.LATENT)) == max_latents
     assert part.conservation().max() < 1e-12
     at, kept = by_key(whole), by_key(part)
@@ -320,9 +332,8 @@ def test_as_many_latents_as_there_are_fold_none(model, transcoders):
     assert torch.equal(whole.dense(), same.dense())
 
 
-def test_the_latents_that_stay_hold_most_of_the_influence(model):
-    saes = suite("tz")
-    whole = run(model, saes)
+def test_the_latents_that_stay_hold_most_of_the_influence(model, of_two_kinds):
+    saes, whole = of_two_kinds
     influence, latents = whole.influence(), whole.find(kind=Kind.LATENT)
     part = run(model, saes, max_latents=len(latents) // 4)
     kept = by_key(part)
@@ -359,20 +370,19 @@ def test_the_bound_on_edges_is_met_when_all_reach_all(model, transcoders, monkey
 
 
 @pytest.mark.parametrize("path", ["written out", "autograd"])
-def test_small_memory_means_more_sweeps_and_the_same_graph(model, monkeypatch, path):
-    saes = suite("tz")
+def test_small_memory_means_more_sweeps_and_the_same_graph(model, of_two_kinds, monkeypatch, path):
+    saes, whole = of_two_kinds
     if path == "autograd":
         monkeypatch.setattr(attribution_module, "covers", lambda bridge, places: False)
-    whole = run(model, saes, dtype=RESULT)
-    assert whole.settings["path"] == path
-    monkeypatch.setattr(attribution_module, "rows_that_fit", lambda *_, **__: 3)
+    monkeypatch.setattr(attribution_module, "rows_that_fit", lambda *_, **__: 8)
     cut = run(model, saes, dtype=RESULT)
     torch.testing.assert_close(cut.dense(), whole.dense(), rtol=1e-10, atol=1e-12)
     assert torch.equal(cut.edges.source, whole.edges.source)
 
 
 def test_a_graph_that_does_not_fit_says_what_would(model, transcoders, monkeypatch):
-    n_edges, n_latents = len(run(model, transcoders).edges.weight), len(run(model, transcoders).find(kind=Kind.LATENT))
+    graph = run(model, transcoders)
+    n_edges, n_latents = len(graph.edges.weight), len(graph.find(kind=Kind.LATENT))
     monkeypatch.setattr(memory, "available_memory", lambda device: int(6 * n_edges))  # half of what edges take
     monkeypatch.setattr(attribution_module, "refuse_long_prompt", lambda *_, **__: None)
     with pytest.raises(ValueError, match="of 7 tokens and .* active latents needs about .* GiB for its edges") as error:
@@ -388,6 +398,7 @@ def test_a_prompt_that_does_not_fit_says_how_long_a_one_would(model, transcoders
         run(model, transcoders, endless)
 
 
+    assert cut.settings["path"] == path
 def test_the_limit_of_a_container_counts(tmp_path):
     own = tmp_path / "self"
     own.write_text("0::/slice/task\n")
