@@ -42,6 +42,8 @@ def model() -> ScopeModel:
 
 @pytest.fixture(scope="module")
 def transcoders() -> list[HookedSAE]:
+    """For tests that do not change them."""
+    torch.manual_seed(0)
     return suite("t")
 
 
@@ -51,20 +53,9 @@ def run(model: ScopeModel, saes: list[HookedSAE], tokens: Tensor = PROMPT, **set
 
 def row(graph: AttributionGraph, **node) -> Tensor:
     (number,) = graph.find(**node)
-    """For tests that do not change them."""
-    torch.manual_seed(0)
     return graph.dense()[number]
 
 
-# ---- what is explained ----
-
-
-def test_the_logits_of_a_mass_are_the_fewest_that_reach_it(model, transcoders):
-    probabilities = model(PROMPT[None])[0, -1].softmax(-1)
-    mass, tokens = probabilities.sort(descending=True)
-    graph = run(model, transcoders, logit_mass=0.03, max_logits=50)
-    logits = graph.find(kind=Kind.LOGIT)
-    count = len(logits)
 @pytest.fixture(scope="module")
 def whole(model, transcoders) -> AttributionGraph:
     return run(model, transcoders, dtype=RESULT)
@@ -77,6 +68,15 @@ def of_two_kinds(model) -> tuple[list[HookedSAE], AttributionGraph]:
     return saes, run(model, saes, dtype=RESULT)
 
 
+# ---- what is explained ----
+
+
+def test_the_logits_of_a_mass_are_the_fewest_that_reach_it(model, transcoders):
+    probabilities = model(PROMPT[None])[0, -1].softmax(-1)
+    mass, tokens = probabilities.sort(descending=True)
+    graph = run(model, transcoders, logit_mass=0.03, max_logits=50)
+    logits = graph.find(kind=Kind.LOGIT)
+    count = len(logits)
     assert mass[: count - 1].sum() < 0.03 <= mass[:count].sum()
     assert graph.index[logits].tolist() == tokens[:count].tolist()
     torch.testing.assert_close(graph.activation[logits], mass[:count])
@@ -376,6 +376,7 @@ def test_small_memory_means_more_sweeps_and_the_same_graph(model, of_two_kinds, 
         monkeypatch.setattr(attribution_module, "covers", lambda bridge, places: False)
     monkeypatch.setattr(attribution_module, "rows_that_fit", lambda *_, **__: 8)
     cut = run(model, saes, dtype=RESULT)
+    assert cut.settings["path"] == path
     torch.testing.assert_close(cut.dense(), whole.dense(), rtol=1e-10, atol=1e-12)
     assert torch.equal(cut.edges.source, whole.edges.source)
 
@@ -398,7 +399,6 @@ def test_a_prompt_that_does_not_fit_says_how_long_a_one_would(model, transcoders
         run(model, transcoders, endless)
 
 
-    assert cut.settings["path"] == path
 def test_the_limit_of_a_container_counts(tmp_path):
     own = tmp_path / "self"
     own.write_text("0::/slice/task\n")
