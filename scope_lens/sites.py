@@ -152,7 +152,8 @@ def refuse_half_precision(bridge: TransformerBridge, dtype: torch.dtype | None =
 def _gain_folded(bridge: TransformerBridge, layer: int, folded_layers: set[int]) -> bool:
     if layer in folded_layers:
         return True
+    if not getattr(bridge, "compatibility_mode", False):
+        return False
     # TransformerLens' compatibility mode folds every gain and leaves the neutral one behind.
-    norm = bridge.blocks[layer].ln2
     neutral = 0.0 if getattr(bridge.cfg, "rmsnorm_uses_offset", False) else 1.0
-    return bool(getattr(bridge, "compatibility_mode", False)) and bool((norm.weight == neutral).all())
+    return bool((bridge.blocks[layer].ln2.weight == neutral).all())

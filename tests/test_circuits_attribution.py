@@ -7,9 +7,18 @@ import pytest
 import torch
 from conftest import VOCAB, make_hf, make_sae
 from torch import Tensor
+from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 from scope_lens import HookedSAE, ScopeModel
-from scope_lens.circuits import AttributionGraph, Kind, Target, attribute, memory, verify
+from scope_lens.circuits import (
+    AttributionGraph,
+    Kind,
+    Target,
+    attribute,
+    memory,
+    run_with_interventions,
+    verify,
+)
 from scope_lens.circuits import attribution as attribution_module
 from scope_lens.circuits.prompt import token_ids
 
@@ -249,6 +258,18 @@ def test_a_site_that_is_no_linear_function_of_the_stream_is_refused(model):
     inside = make_sae("blocks.1.mlp.hook_post", "blocks.1.hook_mlp_out", d_in=96, d_out=D)
     with pytest.raises(ValueError, match=r"do not add up.*What it reads is no linear function of what writes"):
         run(model, [inside])
+
+
+def test_attention_whose_pattern_cannot_be_held_is_refused():
+    config = GPTNeoConfig(
+        vocab_size=VOCAB, hidden_size=D, num_layers=2, num_heads=4, attention_types=[[["global"], 2]],
+        max_position_embeddings=64,
+    )  # fmt: skip
+    model, saes = ScopeModel.from_hf(GPTNeoForCausalLM(config).eval()), suite("r", layers=[1])
+    with pytest.raises(ValueError, match="put into GPTNeoForCausalLM change nothing .*It cannot be frozen"):
+        run(model, saes)
+    with pytest.raises(ValueError, match="put into GPTNeoForCausalLM change nothing .*It cannot be frozen"):
+        run_with_interventions(model, PROMPT, saes=saes, interventions=[], freeze=["patterns"])
 
 
 def test_a_model_that_a_hook_edits_is_refused(model, transcoders):

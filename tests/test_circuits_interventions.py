@@ -580,10 +580,11 @@ def test_two_dictionaries_for_one_site_and_one_inside_a_frozen_mlp(bridged, rand
 def test_parts_that_a_model_does_not_show_are_refused(bridged, random_sae, monkeypatch):
     _, model, _ = build(bridged, random_sae, "gemma2", [])
     shown = {name: [] for name in PARTS} | {"norms": ["blocks.0.hook_mlp_in"]}  # a hook that is off
-    monkeypatch.setattr(
-        "scope_lens.circuits.interventions.frozen_points",
-        lambda bridge, parts=PARTS: [name for part in parts for name in shown[part]],
-    )
+    for module in ("interventions", "frozen"):
+        monkeypatch.setattr(
+            f"scope_lens.circuits.{module}.frozen_points",
+            lambda bridge, parts=PARTS: [name for part in parts for name in shown[part]],
+        )
     with pytest.raises(ValueError, match="has no hook points for 'patterns', so they cannot be held"):
         run_with_interventions(model, PROMPT, saes=[], interventions=[], freeze=["patterns"])
     monkeypatch.setattr("scope_lens.circuits.interventions.record", lambda *_: (None, {}))

@@ -4,8 +4,8 @@ With these taken from one clean forward pass and kept, every other tensor of the
 of what is written into it. Attribution (`attribution`) and interventions with `freeze` both rest on it.
 
 1. `frozen_points` names the hook points of each part.
-2. `record` reads any hook points in one clean forward pass.
-3. `holding` makes the hooks that put recorded values back.
+2. `record` reads any hook points in one clean forward pass, and `frozen_values` takes those of the frozen parts.
+3. `holding` makes the hooks that put recorded values back, and `refuse_loose_patterns` sees whether that does anything.
 """
 
 import warnings
@@ -61,6 +61,57 @@ def record(
     with norm_edits_expected():
         logits = bridge.run_with_hooks(tokens, fwd_hooks=[*hooks, *(note(name) for name in names)], use_cache=False)
     return logits.detach(), seen
+
+
+def frozen_values(
+    bridge: TransformerBridge, seen: Mapping[str, Tensor], parts: Collection[Part] = PARTS
+) -> dict[str, Tensor]:
+    """What a pass recorded of some parts.
+
+    Args:
+        bridge: The model.
+        seen: What flowed in the pass.
+        parts: Which parts.
+
+    Raises:
+        ValueError: A hook of theirs did not fire, so that it would not hold either.
+    """
+    names = frozen_points(bridge, parts)
+    silent = [name for name in names if name not in seen]
+    if silent:
+        raise ValueError(
+            f"{silent} did not fire in a forward pass, so what they show cannot be held. Does this model compute "
+            "attention or norms without TransformerLens' hooks?"
+        )
+    return {name: seen[name] for name in names}
+
+
+def refuse_loose_patterns(bridge: TransformerBridge, tokens: Int[Tensor, "1 pos"]) -> None:
+    """Refuse a model whose attention does not use what a hook makes of its pattern.
+
+    TransformerLens leaves the attention of some architectures to Hugging Face and shows its pattern alone. With a
+    pattern of zeros the heads' outputs must be zero.
+
+    Args:
+        bridge: The model.
+        tokens: A prompt, of which the first token is run.
+
+    Raises:
+        ValueError: A pattern that cannot be held.
+    """
+    points = bridge.hook_dict
+    patterns = frozen_points(bridge, ["patterns"])
+    heads = [name for name in (name.replace("hook_pattern", "hook_z") for name in patterns) if name in points]
+    zeros: list[NamedHook] = [(name, lambda tensor, hook: torch.zeros_like(tensor)) for name in patterns]  # noqa: ARG005
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*The edit is discarded")
+        _, seen = record(bridge, tokens[:, :1], heads, hooks=zeros)
+    loose = [name for name, z in seen.items() if bool(z.any())]
+    if loose:
+        raise ValueError(
+            f"Patterns that hooks put into {bridge.cfg.architecture} change nothing (seen at {loose}): TransformerLens "
+            "leaves this attention to Hugging Face. It cannot be frozen, and nothing behind it is linear."
+        )
 
 
 def holding(constants: Mapping[str, Tensor]) -> list[NamedHook]:

@@ -35,10 +35,12 @@ from scope_lens.circuits.frozen import (
     NamedHook,
     Part,
     frozen_points,
+    frozen_values,
     holding,
     in_eval_mode,
     norm_edits_expected,
     record,
+    refuse_loose_patterns,
 )
 from scope_lens.circuits.places import Place, hook_names, places_of, refuse_overwritten
 from scope_lens.circuits.prompt import token_ids
@@ -185,29 +187,6 @@ def held_output(place: Place, seen: Mapping[str, Tensor]) -> Held:
     return Held([(place.writes, hold)], [(place.reads, note)])
 
 
-def frozen_values(
-    bridge: TransformerBridge, seen: Mapping[str, Tensor], parts: Collection[Part] = PARTS
-) -> dict[str, Tensor]:
-    """What a pass recorded of some parts.
-
-    Args:
-        bridge: The model.
-        seen: What flowed in the pass.
-        parts: Which parts.
-
-    Raises:
-        ValueError: A hook of theirs did not fire, so that it would not hold either.
-    """
-    names = frozen_points(bridge, parts)
-    silent = [name for name in names if name not in seen]
-    if silent:
-        raise ValueError(
-            f"{silent} did not fire in a forward pass, so what they show cannot be held. Does this model compute "
-            "attention or norms without TransformerLens' hooks?"
-        )
-    return {name: seen[name] for name in names}
-
-
 def _freeze(
     bridge: TransformerBridge,
     prompt: Int[Tensor, "1 pos"],
@@ -219,6 +198,8 @@ def _freeze(
     """What holds the frozen parts, and with frozen MLPs the clean activations of the edited dictionaries."""
     for sae in edited:
         refuse_overwritten(bridge, sae, parts, instead=f"Take what overwrites it out of freeze={[*parts]}.")
+    if "patterns" in parts:
+        refuse_loose_patterns(bridge, prompt)
     names = [name for sae in saes for name in hook_names(bridge, sae)]
     _, seen = record(bridge, prompt, dict.fromkeys([*frozen_points(bridge, parts), *names]))
     places = places_of(bridge, prompt, saes, list(seen))

@@ -112,10 +112,13 @@ def places_of(
         fired: Hook names in the order in which they fired in a forward pass, those of `hook_names` among them.
 
     Raises:
-        ValueError: Two dictionaries write one site, or one writes before it reads.
+        ValueError: Two dictionaries write one site, one writes before it reads, or a site did not fire.
     """
     order = {name: number for number, name in enumerate(fired)}
     names = [hook_names(bridge, sae) for sae in saes]
+    silent = sorted({name for pair in names for name in pair if name not in order})
+    if silent:
+        raise ValueError(f"{silent}, where dictionaries read or write, did not fire in a forward pass of this model.")
     by_write: dict[str, HookedSAE] = {}
     for sae, (reads, writes) in zip(saes, names, strict=True):
         if writes in by_write:

@@ -17,9 +17,9 @@ from transformer_lens import TransformerBridge
 
 from scope_lens.attachments import attachments_of, flat_activation
 from scope_lens.circuits.float64 import cast, in_float64
-from scope_lens.circuits.frozen import NamedHook, frozen_points, holding, record
+from scope_lens.circuits.frozen import NamedHook, frozen_points, frozen_values, holding, record
 from scope_lens.circuits.graph_records import Kind
-from scope_lens.circuits.interventions import Held, frozen_values, held_output
+from scope_lens.circuits.interventions import Held, held_output
 from scope_lens.circuits.places import EMBED, FINAL, Place, hook_names, places_of, refuse_overwritten
 from scope_lens.model import ScopeModel
 from scope_lens.sae import HookedSAE

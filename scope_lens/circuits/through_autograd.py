@@ -18,7 +18,13 @@ from transformer_lens.hook_points import HookPoint
 
 from scope_lens.attachments import attachments_of, flat_activation
 from scope_lens.circuits.float64 import cast
-from scope_lens.circuits.frozen import NamedHook, frozen_points, holding, norm_edits_expected
+from scope_lens.circuits.frozen import (
+    NamedHook,
+    frozen_values,
+    holding,
+    norm_edits_expected,
+    refuse_loose_patterns,
+)
 from scope_lens.circuits.linear import TOKENS, Absorb, LinearModel, Stream
 from scope_lens.circuits.places import EMBED, FINAL, Place
 
@@ -33,6 +39,9 @@ class ThroughAutograd(LinearModel):
         places: The dictionaries.
         dtype: What it is computed in. A model of another dtype is copied, and one that was loaded in inference mode,
             whose parameters autograd refuses.
+
+    Raises:
+        ValueError: Patterns that cannot be held, or a frozen part whose hook did not fire.
     """
 
     def __init__(
@@ -50,7 +59,8 @@ class ThroughAutograd(LinearModel):
             bridge = attachments_of(bridge).deepcopy_bridge(bridge, {})
             cast(bridge, dtype)
         self._bridge, self._tokens, self._dtype = bridge, tokens, dtype
-        self._constants = {name: seen[name].to(dtype) for name in frozen_points(bridge)}
+        refuse_loose_patterns(bridge, tokens)
+        self._constants = {name: value.to(dtype) for name, value in frozen_values(bridge, seen).items()}
         self._kept = [
             flat_activation(seen[place.writes], place.sae.cfg.d_out, place.writes).to(dtype) for place in places
         ]
