@@ -83,6 +83,10 @@ def test_layers_targets_and_folded_latents(run, tmp_path):  # noqa: F811
         (("--site", "res", "--neuronpedia", "no/where.json"), "no/where.json cannot be written"),
         (("--site", "res", "--neuronpedia", "no/where"), "no/where cannot be written"),
         (("--site", "res", "--target", "two words"), "two words"),
+        (("--site", "res", "--slug", "a/b", "--neuronpedia", "."), "slug='a/b' is no file name"),
+        (("--site", "res", "--slug", "a"), "--slug needs --neuronpedia."),
+        (("--site", "res", "--top", "-1"), "--top is -1"),
+        (("--site", "res", "--edge-mass", "2"), "edge_mass is a share of all influence, from 0 to 1; it is 2.0"),
     ],
 )
 def test_what_is_wrong_is_one_line(run, words, error):  # noqa: F811

@@ -67,7 +67,8 @@ def neuronpedia(
         ValueError: A folder without a slug, a slug that is no file name, or weights that are not finite.
         FileNotFoundError: The folder that would hold the file does not exist.
     """
-    file, slug = _file(Path(path), slug)
+    file, slug = file_of(Path(path), slug)
+    file.parent.mkdir(exist_ok=True)
     if bool(graph.cumulative.isnan().all()):
         graph = graph.prune(node_mass=node_mass, edge_mass=edge_mass)
     nodes, biases = _nodes(graph, labels or {}), _bias_nodes(graph) if bias else {}
@@ -83,8 +84,13 @@ def neuronpedia(
     return file
 
 
-def _file(path: Path, slug: str | None) -> tuple[Path, str]:
-    """The file to write and the name of the graph."""
+def file_of(path: Path, slug: str | None) -> tuple[Path, str]:
+    """The file that `neuronpedia` writes and the name of the graph; it makes no folder yet.
+
+    Raises:
+        ValueError: A folder without a slug, or a slug that is no file name.
+        FileNotFoundError: The folder that would hold the file does not exist.
+    """
     if path.suffix == ".json":
         slug = path.stem if slug is None else slug
         folder, file = path.parent, path
@@ -96,7 +102,6 @@ def _file(path: Path, slug: str | None) -> tuple[Path, str]:
         raise ValueError(f"slug={slug!r} is no file name; leave out slashes.")
     if not folder.is_dir():
         raise FileNotFoundError(f"{file} cannot be written: there is no folder {folder}.")
-    file.parent.mkdir(exist_ok=True)
     return file, slug
 
 

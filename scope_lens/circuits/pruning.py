@@ -56,9 +56,7 @@ def prune(
     Raises:
         ValueError: A mass that is no share.
     """
-    for name, mass in (("node_mass", node_mass), ("edge_mass", edge_mass)):
-        if not 0 <= mass <= 1:
-            raise ValueError(f"{name} is a share of all influence, from 0 to 1; it is {mass}.")
+    check_masses(node_mass=node_mass, edge_mass=edge_mass)
     received = influence(edges, stage, start)
     likely = (holds_mass(received, node_mass) | always).nonzero()[:, 0]
     stage, start, always, fed = stage[likely], start[likely], always[likely], fed[likely]
@@ -69,6 +67,17 @@ def prune(
     stay = _connected(inner, always=always, fed=fed)
     edges, more = part(inner, stay)
     return Pruned(likely[stay], Part(edges, lost[stay] + more), cumulative(received))
+
+
+def check_masses(*, node_mass: float, edge_mass: float) -> None:
+    """Refuse masses that are no shares of all influence.
+
+    Raises:
+        ValueError: One that is not from 0 to 1.
+    """
+    for name, mass in (("node_mass", node_mass), ("edge_mass", edge_mass)):
+        if not 0 <= mass <= 1:
+            raise ValueError(f"{name} is a share of all influence, from 0 to 1; it is {mass}.")
 
 
 def holds_mass(scores: Float[Tensor, " score"], mass: float) -> Bool[Tensor, " score"]:

@@ -64,12 +64,21 @@ def graph(
         slug: Name of the graph on Neuronpedia; made from the prompt if not given.
     """
     check_writable(out, html, None if neuronpedia is None or neuronpedia.is_dir() else neuronpedia)
-    wanted = _wanted(model, site=site, layer=layer, width=width, l0=l0, saes=saes, local_dir=local_dir)
+    if top < 0:
+        raise ValueError(f"--top is {top}; give the number of latents to list, 0 for none.")
+    if slug and neuronpedia is None:
+        raise ValueError("--slug needs --neuronpedia.")
     import torch
 
+    from scope_lens.circuits import export
     from scope_lens.circuits.attribution import attribute
-    from scope_lens.circuits.export import neuronpedia as export
+    from scope_lens.circuits.pruning import check_masses
 
+    check_masses(node_mass=node_mass, edge_mass=edge_mass)
+    if neuronpedia is not None:
+        slug = slug or (None if neuronpedia.suffix == ".json" else _slug(prompt))
+        export.file_of(neuronpedia, slug)
+    wanted = _wanted(model, site=site, layer=layer, width=width, l0=l0, saes=saes, local_dir=local_dir)
     loaded = language_model(model, device=device, dtype=dtype)
     place = next(iter(loaded.model.parameters())).device
     dictionaries = [load(device=place, dtype=getattr(torch, dtype)) for load in wanted]
@@ -79,8 +88,7 @@ def graph(
     pruned = found.prune(node_mass=node_mass, edge_mass=edge_mass)
     _report(found, pruned, top=top)
     if neuronpedia is not None:
-        name = slug or (None if neuronpedia.suffix == ".json" else _slug(prompt))
-        say(f"written to {export(pruned, neuronpedia, slug=name)}")
+        say(f"written to {export.neuronpedia(pruned, neuronpedia, slug=slug)}")
     if html is not None:
         from scope_lens import figures
 
