@@ -94,6 +94,11 @@ def test_the_file_map_of_the_readme_is_the_package():
     assert named == there
 
 
+def test_the_docstring_of_circuits_names_each_of_its_files():
+    named = set(re.findall(r"`(\w+)`", scope_lens.circuits.__doc__))
+    assert named == {path.stem for path in (ROOT / "scope_lens" / "circuits").glob("*.py")} - {"__init__"}
+
+
 def test_every_public_name_has_its_page():
     api = "".join(page.read_text() for page in PAGES if page.parent.name == "api")
     for name in [*scope_lens.__all__, *scope_lens.circuits.__all__]:

@@ -1,5 +1,14 @@
 """Circuits: attribution graphs, their verification, interventions, export.
 
+1. A graph as data: `graph` on `graph_records` and `edges`; `influence`, `pruning` and `merging` make smaller ones,
+   `graph_file` and `networkx_graph` keep it elsewhere, `export` writes Neuronpedia's JSON.
+2. Making one: `attribution` reads the `prompt`, finds the `places` of dictionaries and the `targets`, records what is
+   `frozen`, and asks `memory`. What writes is in `sources`; `rows` sweeps from readers back to them, `selection` says
+   which latents stay, `nodes` puts the graph together, and `self_checks` looks at it.
+3. The linear model that it sweeps, `linear`, in two ways: `written_out` (from `layers`, back by `pull_back`) and
+   `through_autograd`. `float64` makes the copy for exact graphs.
+4. Against the model: `interventions` edits latents, `verification` takes sources away by `probes`.
+
 The public names below are imported when first used.
 """
 
