@@ -187,7 +187,7 @@ def test_a_graph_without_dictionaries_is_of_tokens(model):
         ({"targets": [Target("v", 0)]}, "'v' needs a vector or a latent, one of them; found both or none"),
         ({"targets": [Target("v", 0, torch.ones(D), ("x", 0))]}, "one of them; found both or none"),
         ({"targets": [Target("v", 0, vector=torch.ones(5))]}, r"vector of shape \(48,\).*found shape \(5,\)"),
-        ({"targets": [Target("v", 0, vector=torch.full((D,), torch.nan))]}, "needs a finite vector"),
+        ({"targets": [Target("v", 0, vector=torch.full((D,), torch.nan))]}, "found numbers that are not finite, shape"),
         (
             {"targets": [Target("v", 2, latent=("blocks.0.attn.hook_z", 0))]},
             r"'blocks.0.attn.hook_z', where no dictionary of this graph writes; they write \['blocks.0.hook_mlp_out'",
@@ -242,6 +242,7 @@ def test_dictionaries_that_do_not_fit_are_refused(model, transcoders):
     [
         ("ln2.hook_normalized", "mlp.hook_out", D, "'blocks.1.mlp.hook_out' writes inside an MLP.*hook_mlp_out"),
         ("ln2_post.hook_normalized", "ln2_post.hook_normalized", D, "writes inside an MLP, and the output"),
+        ("hook_resid_mid", "hook_resid_mid", D, "'blocks.1.hook_resid_mid' cannot be spliced in: TransformerLens"),
         ("attn.hook_q", "attn.hook_q", 80, "writes queries or keys, and attention patterns are frozen"),
     ],
 )

@@ -136,7 +136,7 @@ def test_a_site_has_one_meaning_under_every_name(nano):
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "gpt2"])
-def test_inference_mode_changes_nothing(architecture):
+def test_inference_mode_and_autocast_change_nothing(architecture):
     def load() -> tuple[ScopeModel, list[HookedSAE]]:
         torch.manual_seed(0)
         model = ScopeModel.from_hf(make_hf(architecture))
@@ -149,7 +149,10 @@ def test_inference_mode_changes_nothing(architecture):
         other = attribute(model, tokens, saes=saes, progress=False)
         model, saes = load()
         loaded_there = attribute(model, tokens, saes=saes, progress=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = attribute(model, tokens, saes=saes, progress=False)
     assert torch.equal(plain.dense(), other.dense())
+    assert torch.equal(plain.dense(), cast.dense())
     assert torch.equal(plain.dense(), loaded_there.dense())
     assert all(parameter.requires_grad for parameter in model.parameters())
 

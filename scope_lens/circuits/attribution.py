@@ -94,8 +94,14 @@ def attribute(
     for sae in saes:
         refuse_overwritten(bridge, sae)
     refuse_long_prompt(bridge, ids.shape[1], dtype=dtype, device=ids.device)
-    # Inference mode would keep `ThroughAutograd` from gradients, and its tensors cannot be taken back into it.
-    with torch.inference_mode(False), torch.no_grad(), attachments_of(bridge).set_aside(bridge), in_eval_mode(bridge):
+    with (
+        # Inference mode would keep `ThroughAutograd` from gradients, and its tensors cannot be taken back into it.
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(ids.device.type, enabled=False),
+        attachments_of(bridge).set_aside(bridge),
+        in_eval_mode(bridge),
+    ):
         ids = ids.clone()
         bridge, hooks = in_float64(bridge) if dtype == torch.float64 else (bridge, [])
         sites = [name for sae in saes for name in hook_names(bridge, sae)]

@@ -22,7 +22,7 @@ from scope_lens.special_tokens import special_token_ids, untrained_positions
 
 EMBED = "hook_embed"  # where tokens write
 FINAL = "ln_final.hook_out"  # where logits and directions read
-_RESIDUAL = re.compile(r"hook_embed|blocks\.\d+\.hook_resid_(pre|mid|post)")
+_RESIDUAL = re.compile(r"hook_embed|blocks\.\d+\.hook_resid_(pre|post)")
 _BEFORE_PATTERN = re.compile(r"blocks\.\d+\.attn\.([qk](_norm)?\..+|hook_(q|k|rot_q|rot_k|attn_scores|pattern))")
 _BEFORE_MLP_OUT = re.compile(r"blocks\.\d+\.(mlp|ln2_post)\..+")
 
@@ -82,10 +82,17 @@ def refuse_overwritten(
         instead: What to do, for the message.
 
     Raises:
-        ValueError: It writes inside an MLP, before what that adds to the residual stream; or queries or keys.
+        ValueError: It writes inside an MLP, before what that adds to the residual stream; or queries or keys; or the
+            stream between attention and MLP, which TransformerLens does not let a hook write.
     """
     sites = attachments_of(bridge).sites
     names = sites.names(sites.resolve(bridge, sae.cfg.hook_out))
+    if any(name.endswith(".hook_resid_mid") for name in names):
+        raise ValueError(
+            f"The dictionary at {sae.cfg.hook_out!r} cannot be spliced in: TransformerLens takes what a hook leaves "
+            "there to the MLP alone, and the residual stream goes on without it. Take one of hook_resid_pre or "
+            "hook_resid_post; reading there is right."
+        )
     if any(name.endswith(".hook_mlp_out") for name in names):  # without a norm behind the MLP, also mlp.hook_out
         return
     within: dict[Part, tuple[re.Pattern[str], str]] = {

@@ -159,10 +159,11 @@ def _chosen(bridge: TransformerBridge, target: Target, *, places: Sequence[Place
     if target.latent is not None:
         return _latent(bridge, target, target.latent, places=places, pos=pos)
     assert target.vector is not None
-    if tuple(target.vector.shape) != (bridge.cfg.d_model,) or not bool(target.vector.isfinite().all()):
+    finite = bool(target.vector.isfinite().all())
+    if tuple(target.vector.shape) != (bridge.cfg.d_model,) or not finite:
         raise ValueError(
             f"{_named(target)} needs a finite vector of shape ({bridge.cfg.d_model},), the width of the final norm's "
-            f"output; found shape {tuple(target.vector.shape)}."
+            f"output; found {'' if finite else 'numbers that are not finite, '}shape {tuple(target.vector.shape)}."
         )
     return Goal(
         kind=Kind.DIRECTION, pos=pos, index=-1, label=target.label, start=1.0, stage=len(places), vector=target.vector
