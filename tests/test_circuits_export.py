@@ -3,6 +3,7 @@
 import gzip
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
@@ -254,6 +255,19 @@ def test_no_two_nodes_share_an_id_and_every_link_finds_its_ends(schema, tmp_path
         if node["feature_type"] != "bias"
     )
     assert set(seen.values()) == {1}
+
+
+def test_a_hook_by_its_other_name_is_the_same_kind_of_site(tmp_path):
+    others = {"hook_mlp_out": "ln2_post.hook_out", "attn.hook_z": "attn.o.hook_in", "hook_resid_post": "hook_out"}
+    graph = every_site()
+    # Layers are single digits, so a name begins behind "blocks.L.".
+    alias = {site: site[:9] + others[site[9:]] for site in graph.sites if site[9:] in others}
+    sites = [alias.get(site, site) for site in graph.sites]
+    renamed = replace(graph, site=[alias.get(site, site) for site in graph.site], sites=sites)
+    page, other = written(graph, tmp_path, slug="one"), written(renamed, tmp_path, slug="other")
+    assert len(alias) == 6
+    for name in ("node_id", "feature_type"):
+        assert [node[name] for node in other["nodes"]] == [node[name] for node in page["nodes"]]
 
 
 def test_each_site_has_the_type_whose_pages_fit(tmp_path):

@@ -30,8 +30,12 @@ from scope_lens.releases import Release, release_of
 from scope_lens.whole_file import whole_file
 
 _MLP, _ATTENTION, _RESIDUAL, _EMBEDDING = "mlp", "att", "res", "embedding"
-_NAMES = {"hook_mlp_out": _MLP, "hook_z": _ATTENTION, "hook_resid_post": _RESIDUAL, "hook_embed": _EMBEDDING}
-_NEVER_FIRST = (_ATTENTION, _EMBEDDING)
+_NAMES = {  # with TransformerLens' other names of the same hooks
+    **dict.fromkeys(("hook_mlp_out", "ln2_post.hook_out", "mlp.hook_out"), _MLP),
+    **dict.fromkeys(("attn.hook_z", "attn.o.hook_in"), _ATTENTION),
+    **dict.fromkeys(("hook_resid_post", "hook_out"), _RESIDUAL),
+    **dict.fromkeys(("hook_embed", "embed.hook_out"), _EMBEDDING),
+}
 _NOTHING_CHOSEN = {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""}
 
 
@@ -148,7 +152,7 @@ def _families(sites: Sequence[str]) -> dict[str, _Family]:
 
 def _name(site: str) -> str:
     own = site.split(".", maxsplit=2)[-1] if site.startswith("blocks.") else site
-    return _NAMES.get(site.rsplit(".", maxsplit=1)[-1], own)
+    return _NAMES.get(own, own)
 
 
 def _nodes(graph: AttributionGraph, labels: Mapping[tuple[str, int], str]) -> list[dict[str, Any]]:
