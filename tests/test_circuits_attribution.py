@@ -497,6 +497,14 @@ def test_a_model_in_half_precision_is_swept_in_float32(monkeypatch, path):
     assert next(iter(model.model.parameters())).dtype == torch.bfloat16
 
 
+def test_both_paths_give_one_graph_of_a_model_in_half_precision(monkeypatch):
+    model, saes = ScopeModel.from_hf(make_hf("gemma2").bfloat16()), suite("tzr")
+    written_out = run(model, saes)
+    monkeypatch.setattr(attribution_module, "covers", lambda bridge, places: False)
+    through_autograd = run(model, saes)
+    torch.testing.assert_close(written_out.dense(), through_autograd.dense(), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("activation", ["topk", "batchtopk", "relu"])
 def test_latents_are_those_of_the_splice(model, activation):
     k = None if activation == "relu" else 4

@@ -35,7 +35,7 @@ class ThroughAutograd(LinearModel):
     Args:
         bridge: The model, with nothing attached.
         tokens: The prompt.
-        seen: What one clean forward pass showed at the frozen points, at `hook_embed` and where dictionaries write.
+        seen: What one clean forward pass showed at the frozen points, at `hook_embed` and at the dictionaries' sites.
         places: The dictionaries.
         dtype: What it is computed in. A model of another dtype is copied, and one that was loaded in inference mode,
             whose parameters autograd refuses.
@@ -64,6 +64,9 @@ class ThroughAutograd(LinearModel):
         self._kept = [
             flat_activation(seen[place.writes], place.sae.cfg.d_out, place.writes).to(dtype) for place in places
         ]
+        self._sources = [
+            kept - self._skip(place, seen[place.reads]) for place, kept in zip(places, self._kept, strict=True)
+        ]
         self._embed = seen[EMBED].to(dtype)
         self._leaves: dict[int, Tensor] = {}
         self._readers: dict[int, Tensor] = {}
@@ -88,6 +91,13 @@ class ThroughAutograd(LinearModel):
         for stage, gradients in found.items():
             gradient = gradients[0] if len(gradients) == 1 else torch.cat(gradients, dim=1)
             absorb(stage, gradient.shape[1], gradient)
+
+    def _skip(self, place: Place, read: Tensor) -> Tensor | int:
+        """What the skip term of a dictionary makes of what it reads."""
+        if place.sae.W_skip is None:
+            return 0
+        flat = flat_activation(read, place.sae.cfg.d_in, place.sae.cfg.hook_in).to(self._dtype)
+        return flat @ place.sae.W_skip.detach().to(self._dtype)
 
     def _pull(
         self, reader: int, pos: int, cotangents: Float[Tensor, "row d"], stages: Sequence[int]
@@ -124,15 +134,15 @@ class ThroughAutograd(LinearModel):
 
             def write(tensor: Tensor, hook: HookPoint) -> Tensor:  # noqa: ARG001
                 flowing = flat_activation(tensor, cfg.d_out, cfg.hook_out)
-                writes[place.stage] = flowing
-                skip = 0 if place.sae.W_skip is None else reads[place.stage] @ place.sae.W_skip.detach().to(self._dtype)
+                skip = self._skip(place, reads[place.stage])
                 leaf = place.sae.b_dec.detach().to(self._dtype).expand_as(flowing)
                 if sources:
-                    leaf = (flowing - skip).detach()
+                    leaf = self._sources[place.stage].detach()
                 if torch.is_grad_enabled():
                     leaves[place.stage] = leaf.requires_grad_()
                 untrained = flowing if place.passes else self._kept[place.stage]
-                return torch.where(trained, leaf + skip, untrained).reshape(tensor.shape)
+                writes[place.stage] = torch.where(trained, leaf + skip, untrained)
+                return writes[place.stage].reshape(tensor.shape)
 
             return [(place.reads, read), (place.writes, write)]
 
