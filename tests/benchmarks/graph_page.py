@@ -16,7 +16,7 @@ greatest. Peak memory is that of the whole process, libraries and weights includ
 "the graph" is `attribute` of each package from tokens to edges; ours includes its checks. "pruning" is at 0.8 of the
 nodes' influence and 0.98 of the edges'. "JSON" is the file that Neuronpedia reads, from a graph already pruned;
 circuit-tracer is spared its second pruning and the reading of the tokenizer. Its batch of 32 was faster at tiny than 8,
-16, 64 and 256; its default, 512, takes more time and memory.
+16, 64 and 256.
 """
 
 
