@@ -229,6 +229,7 @@ class Attachments:
         points = copied.hook_dict
         for own in (*(a.hook for a in attached), *(reader.hook for reader in self._readers.values())):
             points[names[own.point]].remove_hooks("fwd", including_permanent=True, level=own.level)
+        attachments_of(copied).folded_layers.update(self.folded_layers)
         return copied
 
     # ---- one forward pass ----

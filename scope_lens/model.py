@@ -139,7 +139,6 @@ class ScopeModel:
         """An independent model with copies of the attached dictionaries."""
         own = attachments_of(self._bridge)
         copied = ScopeModel(own.deepcopy_bridge(self._bridge, memo))
-        attachments_of(copied.model).folded_layers.update(own.folded_layers)
         for attachment in own:
             sae = copy.deepcopy(attachment.sae, memo)
             copied.add_sae(sae, use_error_term=attachment.use_error_term, positions=attachment.positions)

@@ -24,6 +24,7 @@ RANK = {
     "sae": 1,
     "special_tokens": 2,
     "splice": 2,
+    "eval_mode": 2,
     "fingerprints": 2,
     "sites": 2,
     "attachments": 3,

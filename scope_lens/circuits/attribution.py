@@ -32,12 +32,12 @@ from transformer_lens import TransformerBridge
 
 from scope_lens.attachments import attachments_of
 from scope_lens.circuits.float64 import in_float64
-from scope_lens.circuits.frozen import frozen_points, in_eval_mode, record
+from scope_lens.circuits.frozen import frozen_points
 from scope_lens.circuits.graph import AttributionGraph, GraphChecks, Kind
 from scope_lens.circuits.linear import LinearModel, Stream
 from scope_lens.circuits.memory import refuse_long_prompt, rows_that_fit
 from scope_lens.circuits.nodes import Nodes, folded, graph_of, nodes_of
-from scope_lens.circuits.places import EMBED, Place, hook_names, places_of, refuse_overwritten
+from scope_lens.circuits.places import EMBED, Place, clean_pass, refuse_overwritten
 from scope_lens.circuits.prompt import token_ids
 from scope_lens.circuits.rows import Ends, Piece, assemble, batches, edges_of
 from scope_lens.circuits.selection import fold, select
@@ -46,6 +46,7 @@ from scope_lens.circuits.sources import Sources, written
 from scope_lens.circuits.targets import Goal, Target, resolve, vectors
 from scope_lens.circuits.through_autograd import ThroughAutograd
 from scope_lens.circuits.written_out import WrittenOut, covers
+from scope_lens.eval_mode import in_eval_mode
 from scope_lens.model import ScopeModel
 from scope_lens.sae import HookedSAE
 from scope_lens.sites import layer_of
@@ -104,10 +105,7 @@ def attribute(
     ):
         ids = ids.clone()
         bridge, hooks = in_float64(bridge) if dtype == torch.float64 else (bridge, [])
-        sites = [name for sae in saes for name in hook_names(bridge, sae)]
-        names = dict.fromkeys([EMBED, *frozen_points(bridge), *sites])
-        logits, seen = record(bridge, ids, names, hooks=hooks)
-        places = places_of(bridge, ids, saes, list(seen))
+        logits, seen, places = clean_pass(bridge, ids, saes, [EMBED, *frozen_points(bridge)], hooks=hooks)
         goals = resolve(bridge, targets, logits=logits[0], places=places, logit_mass=logit_mass, max_logits=max_logits)
         linear = _linear_model(bridge, ids, seen, places, dtype)
         stream, nothing = linear.forward(sources=True), linear.forward(sources=False)

@@ -36,25 +36,24 @@ def in_float64(bridge: TransformerBridge) -> tuple[TransformerBridge, list[Named
     Args:
         bridge: The model; it stays as it is.
     """
-    own = attachments_of(bridge)
-    copied = own.deepcopy_bridge(bridge, {})
-    attachments_of(copied).folded_layers.update(own.folded_layers)
-    cast(copied, torch.float64)
+    copied = copy_in(bridge, torch.float64)
     return copied, exact_hooks(copied)
 
 
-def cast(bridge: TransformerBridge, dtype: torch.dtype) -> None:
-    """Cast a bridge in place.
+def copy_in(bridge: TransformerBridge, dtype: torch.dtype) -> TransformerBridge:
+    """A copy of the model in some dtype, without what is attached.
 
     TransformerLens' `to(dtype)` lists every parameter once for each parameter: 10 s for a tiny model of 26 layers.
 
     Args:
-        bridge: The model.
-        dtype: What it computes in afterwards.
+        bridge: The model; it stays as it is.
+        dtype: What the copy computes in.
     """
-    bridge.cfg.dtype = dtype
-    nn.Module.to(bridge, dtype)
-    bridge.original_model.to(dtype)
+    copied = attachments_of(bridge).deepcopy_bridge(bridge, {})
+    copied.cfg.dtype = dtype
+    nn.Module.to(copied, dtype)
+    copied.original_model.to(dtype)
+    return copied
 
 
 def exact_hooks(bridge: TransformerBridge) -> list[NamedHook]:

@@ -130,18 +130,3 @@ def norm_edits_expected() -> Generator[None]:
         warnings.filterwarnings("ignore", message="A forward hook edited hook_scale/hook_normalized")
         warnings.filterwarnings("ignore", message="Backward hooks on hook_scale/hook_normalized")
         yield
-
-
-@contextmanager
-def in_eval_mode(bridge: TransformerBridge) -> Generator[None]:
-    """Switch dropout off, and back on where it was."""
-    # The bridge's modules and the wrapped model's overlap, and neither holds all of the other's.
-    modules = {*bridge.modules(), *bridge.original_model.modules()}
-    training = [module for module in modules if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -37,16 +37,14 @@ from scope_lens.circuits.frozen import (
     frozen_points,
     frozen_values,
     holding,
-    in_eval_mode,
     norm_edits_expected,
-    record,
     refuse_loose_patterns,
 )
-from scope_lens.circuits.places import Place, hook_names, places_of, refuse_overwritten
+from scope_lens.circuits.places import Place, clean_pass, hook_names, refuse_overwritten, untrained_in
 from scope_lens.circuits.prompt import token_ids
+from scope_lens.eval_mode import in_eval_mode
 from scope_lens.model import ScopeModel
 from scope_lens.sae import HookedSAE
-from scope_lens.special_tokens import special_token_ids, untrained_positions
 
 Edit = Literal["set", "add", "scale"]
 
@@ -200,9 +198,7 @@ def _freeze(
         refuse_overwritten(bridge, sae, parts, instead=f"Take what overwrites it out of freeze={[*parts]}.")
     if "patterns" in parts:
         refuse_loose_patterns(bridge, prompt)
-    names = [name for sae in saes for name in hook_names(bridge, sae)]
-    _, seen = record(bridge, prompt, dict.fromkeys([*frozen_points(bridge, parts), *names]))
-    places = places_of(bridge, prompt, saes, list(seen))
+    _, seen, places = clean_pass(bridge, prompt, saes, frozen_points(bridge, parts))
     constants = frozen_values(bridge, seen, parts)
     if "mlps" not in parts:
         return Held(holding(constants), []), {}
@@ -278,7 +274,7 @@ def _resolve(
         if not math.isfinite(value):
             raise ValueError(f"Intervention {number} has the value {float(value)}; it must be finite.")
         positions = _positions(number, pos, n_prompt=prompt.shape[1], n_seen=n_seen)
-        _refuse_untrained(number, site, positions, _untrained(bridge, prompt, sae))
+        _refuse_untrained(number, site, positions, untrained_in(bridge, prompt, sae))
         edits.setdefault(sae, []).append(_LatentEdit(latent, positions, float(value), kind))
     return edits
 
@@ -315,12 +311,6 @@ def _positions(number: int, pos: int | slice, *, n_prompt: int, n_seen: int) -> 
             "pass through the model in all."
         )
     return range(position, position + 1)
-
-
-def _untrained(bridge: TransformerBridge, prompt: Int[Tensor, "1 pos"], sae: HookedSAE) -> Bool[Tensor, " pos"]:
-    kinds = sae.cfg.untrained
-    special = special_token_ids(bridge, chat_prefix="chat_prefix" in kinds)
-    return untrained_positions(prompt, special, kinds)[0]
 
 
 def _refuse_untrained(number: int, site: str, positions: range, untrained: Bool[Tensor, " pos"]) -> None:

@@ -2,20 +2,22 @@
 
 1. `hook_names` resolves a dictionary's two hooks against the model and refuses what cannot be one graph.
 2. `refuse_overwritten` refuses a dictionary whose output never gets past what is frozen.
-3. `places_of` puts the dictionaries into the order in which their outputs fire, which is the order of the graph: what
+3. `clean_pass` runs the prompt once and records what flows.
+4. `places_of` puts the dictionaries into the order in which their outputs fire, which is the order of the graph: what
    one writes reaches later ones alone.
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens import TransformerBridge
 
 from scope_lens.attachments import attachments_of
-from scope_lens.circuits.frozen import PARTS, Part
+from scope_lens.circuits.frozen import PARTS, NamedHook, Part, record
 from scope_lens.sae import HookedSAE
 from scope_lens.sites import check_fits, layer_of
 from scope_lens.special_tokens import special_token_ids, untrained_positions
@@ -107,6 +109,59 @@ def refuse_overwritten(
             )
 
 
+class CleanPass(NamedTuple):
+    """What one clean forward pass shows.
+
+    Attributes:
+        logits: The model's own.
+        seen: What flowed, by hook name.
+        places: The dictionaries, in the order of the graph.
+    """
+
+    logits: Float[Tensor, "1 pos d_vocab"]
+    seen: dict[str, Tensor]
+    places: list[Place]
+
+
+def clean_pass(
+    bridge: TransformerBridge,
+    tokens: Int[Tensor, "1 pos"],
+    saes: Sequence[HookedSAE],
+    names: Iterable[str] = (),
+    *,
+    hooks: Sequence[NamedHook] = (),
+) -> CleanPass:
+    """Run a prompt once and record what dictionaries read and write, and what else is named.
+
+    Args:
+        bridge: The model, with nothing attached.
+        tokens: The prompt.
+        saes: The dictionaries.
+        names: Further hook names.
+        hooks: As `frozen.record` takes them.
+
+    Raises:
+        KeyError: The model has no such hook.
+        ValueError: A dictionary that does not fit the model, or what `places_of` refuses.
+    """
+    sites = [name for sae in saes for name in hook_names(bridge, sae)]
+    logits, seen = record(bridge, tokens, dict.fromkeys([*names, *sites]), hooks=hooks)
+    return CleanPass(logits, seen, places_of(bridge, tokens, saes, list(seen)))
+
+
+def untrained_in(bridge: TransformerBridge, tokens: Int[Tensor, "1 pos"], sae: HookedSAE) -> Bool[Tensor, " pos"]:
+    """Mark the positions of a prompt that a dictionary was not trained on.
+
+    Args:
+        bridge: The model.
+        tokens: The prompt.
+        sae: The dictionary.
+    """
+    kinds = sae.cfg.untrained
+    special = special_token_ids(bridge, chat_prefix="chat_prefix" in kinds)
+    return untrained_positions(tokens, special, kinds)[0]
+
+
 def places_of(
     bridge: TransformerBridge, tokens: Int[Tensor, "1 pos"], saes: Sequence[HookedSAE], fired: Sequence[str]
 ) -> list[Place]:
@@ -140,8 +195,6 @@ def places_of(
                 "its hook names."
             )
         by_write[writes] = sae
-    wanted = {kind for sae in saes for kind in sae.cfg.untrained}
-    special = special_token_ids(bridge, chat_prefix="chat_prefix" in wanted)
     sites = attachments_of(bridge).sites
     places: list[Place] = []
     for reads, writes in sorted(names, key=lambda pair: order[pair[1]]):
@@ -155,7 +208,7 @@ def places_of(
                 reads=reads,
                 writes=writes,
                 passes=any(_RESIDUAL.fullmatch(name) for name in sites.names(sites.resolve(bridge, writes))),
-                trained=~untrained_positions(tokens, special, sae.cfg.untrained)[0],
+                trained=~untrained_in(bridge, tokens, sae),
             )
         )
     return places

@@ -6,8 +6,8 @@
    is left whole. What is read is recorded.
 """
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,12 +15,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import TransformerBridge
 
-from scope_lens.attachments import attachments_of, flat_activation
-from scope_lens.circuits.float64 import cast, in_float64
-from scope_lens.circuits.frozen import NamedHook, frozen_points, frozen_values, holding, record
+from scope_lens.attachments import flat_activation
+from scope_lens.circuits.float64 import copy_in, in_float64
+from scope_lens.circuits.frozen import NamedHook, frozen_points, frozen_values, holding
 from scope_lens.circuits.graph_records import Kind
 from scope_lens.circuits.interventions import Held, held_output
-from scope_lens.circuits.places import EMBED, FINAL, Place, hook_names, places_of, refuse_overwritten
+from scope_lens.circuits.places import EMBED, FINAL, Place, clean_pass, refuse_overwritten
+from scope_lens.circuits.sources import in_dtype
 from scope_lens.model import ScopeModel
 from scope_lens.sae import HookedSAE
 
@@ -148,13 +149,10 @@ def held_probe(
     exact: list[NamedHook] = []
     if dtype == torch.float64:
         bridge, exact = in_float64(bridge)
-    sites = [name for sae in saes for name in hook_names(bridge, sae)]
-    _, seen = record(bridge, ids, dict.fromkeys([EMBED, *frozen_points(bridge), *sites]), hooks=exact)
+    _, seen, places = clean_pass(bridge, ids, saes, [EMBED, *frozen_points(bridge)], hooks=exact)
     if next(iter(bridge.parameters())).dtype != dtype:
-        bridge = attachments_of(bridge).deepcopy_bridge(bridge, {})
-        cast(bridge, dtype)
-    saes = [sae if sae.dtype == dtype else copy.deepcopy(sae).to(dtype) for sae in saes]
-    places = places_of(bridge, ids, saes, list(seen))
+        bridge = copy_in(bridge, dtype)
+    places = [replace(place, sae=in_dtype(place.sae, dtype)) for place in places]
     outputs = Held([], [])
     for place in places:
         output = held_output(place, seen)
@@ -172,8 +170,6 @@ def free_probe(model: ScopeModel, ids: Int[Tensor, "1 pos"], saes: Sequence[Hook
         ids: The prompt.
         saes: The dictionaries.
     """
-    sites = dict.fromkeys(name for sae in saes for name in hook_names(model.model, sae))
-    _, seen = record(model.model, ids, sites)
-    places = places_of(model.model, ids, saes, list(seen))
+    places = clean_pass(model.model, ids, saes).places
     exact = torch.promote_types(next(iter(model.model.parameters())).dtype, torch.float32)
     return Probe(model, ids, places, [], {}, Held([], []), exact)

@@ -64,7 +64,7 @@ def written(
         flowing: What flows at `hook_out`.
         asked_for: (position, latent) of latents that are nodes even where they are silent.
     """
-    sae = _in_dtype(place.sae, read.dtype)
+    sae = in_dtype(place.sae, read.dtype)
     trained = place.trained
     # Together, because on a CPU the time goes into reading W_enc.
     pre, bias = sae.pre_activation(torch.stack([read, read_of_nothing]))
@@ -97,7 +97,7 @@ def written(
     )
 
 
-def _in_dtype(sae: HookedSAE, dtype: torch.dtype) -> HookedSAE:
+def in_dtype(sae: HookedSAE, dtype: torch.dtype) -> HookedSAE:
     """The dictionary itself, or a copy without hooks in another dtype."""
     if sae.dtype == dtype and (sae.threshold is None or sae.threshold.dtype == dtype):
         return sae

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformer_lens import TransformerBridge
 from transformer_lens.hook_points import HookPoint
 
-from scope_lens.attachments import attachments_of, flat_activation
-from scope_lens.circuits.float64 import cast
+from scope_lens.attachments import flat_activation
+from scope_lens.circuits.float64 import copy_in
 from scope_lens.circuits.frozen import (
     NamedHook,
     frozen_values,
@@ -56,8 +56,7 @@ class ThroughAutograd(LinearModel):
         self.places = places
         parameters = [*bridge.parameters()]
         if parameters[0].dtype != dtype or any(parameter.is_inference() for parameter in parameters):
-            bridge = attachments_of(bridge).deepcopy_bridge(bridge, {})
-            cast(bridge, dtype)
+            bridge = copy_in(bridge, dtype)
         self._bridge, self._tokens, self._dtype = bridge, tokens, dtype
         refuse_loose_patterns(bridge, tokens)
         self._constants = {name: value.to(dtype) for name, value in frozen_values(bridge, seen).items()}

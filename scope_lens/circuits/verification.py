@@ -21,7 +21,7 @@ from torch import Tensor
 from transformer_lens import TransformerBridge
 
 from scope_lens.attachments import attachments_of
-from scope_lens.circuits.frozen import in_eval_mode, norm_edits_expected
+from scope_lens.circuits.frozen import norm_edits_expected
 from scope_lens.circuits.graph import AttributionGraph
 from scope_lens.circuits.graph_records import Kind
 from scope_lens.circuits.influence import last_stage_first
@@ -29,6 +29,7 @@ from scope_lens.circuits.places import Place
 from scope_lens.circuits.probes import Probe, Source, free_probe, held_probe
 from scope_lens.circuits.prompt import token_ids
 from scope_lens.circuits.targets import Goal, vectors
+from scope_lens.eval_mode import in_eval_mode
 from scope_lens.model import ScopeModel
 from scope_lens.sae import HookedSAE
 

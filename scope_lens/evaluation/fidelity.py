@@ -17,8 +17,7 @@ Steps:
 """
 
 import math
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Any, get_args
 
@@ -26,9 +25,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
-from transformer_lens import TransformerBridge
 
 from scope_lens.attachments import Positions, attachments_of
+from scope_lens.eval_mode import in_eval_mode
 from scope_lens.evaluation.passes import Ablation, Passes, Sums
 from scope_lens.evaluation.result import EvalResult, EvaluationInterrupted
 from scope_lens.evaluation.tokens import Tokens, rows_hash, token_rows
@@ -81,7 +80,7 @@ def evaluate(
     saes = [saes] if isinstance(saes, HookedSAE) else list(saes)
     _check_settings(saes, batch_size=batch_size, positions=positions, ablation=ablation)
     bridge = model.model
-    with attachments_of(bridge).set_aside(bridge), _in_eval_mode(bridge), torch.no_grad():
+    with attachments_of(bridge).set_aside(bridge), in_eval_mode(bridge), torch.no_grad():
         with model.saes(saes, positions=positions):
             pass  # a dictionary that does not fit is refused before any work
         rows = token_rows(model, tokens, context=context)
@@ -162,21 +161,6 @@ def _first(rows: Sequence[Tensor], n: int) -> Iterator[Tensor]:
     for tensor in rows:
         yield tensor[: max(n, 0)]
         n -= len(tensor)
-
-
-@contextmanager
-def _in_eval_mode(bridge: TransformerBridge) -> Generator[None]:
-    """Switch dropout off for a block of code; modules that were training train again afterwards."""
-    # The bridge's modules and the wrapped model's overlap, and neither holds all of the other's.
-    modules = {*bridge.modules(), *bridge.original_model.modules()}
-    training = [module for module in modules if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _check_settings(saes: Sequence[HookedSAE], *, batch_size: int, positions: str, ablation: str) -> None:
