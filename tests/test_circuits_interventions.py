@@ -587,6 +587,6 @@ def test_parts_that_a_model_does_not_show_are_refused(bridged, random_sae, monke
         )
     with pytest.raises(ValueError, match="has no hook points for 'patterns', so they cannot be held"):
         run_with_interventions(model, PROMPT, saes=[], interventions=[], freeze=["patterns"])
-    monkeypatch.setattr("scope_lens.circuits.interventions.record", lambda *_: (None, {}))
+    monkeypatch.setattr("scope_lens.circuits.places.record", lambda *_, **__: (None, {}))
     with pytest.raises(ValueError, match=r"\['blocks.0.hook_mlp_in'\] did not fire in a forward pass"):
         run_with_interventions(model, PROMPT, saes=[], interventions=[], freeze=["norms"])
